@@ -1,0 +1,549 @@
+"""Every setting of a run: its name, type, default and meaning. Nothing here reads a file or imports jax.
+
+One file describes one assistant, from raw text to the RL model; each verb reads the sections it needs. In any path,
+``{run}`` stands for the run's own folder (``<runs>/<name>``).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _whole(value: Any) -> Any:
+    """YAML reads 1e3 as text or float; where a whole number is meant, it is one."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return value
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
+Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A group of settings; unknown keys are errors and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class MeshConfig(Section):
+    """How the devices are laid out; the product of the axes is the number of devices used."""
+
+    data: Count | Literal["auto"] = 1
+    """Copies of the whole model, each on its share of the batch."""
+    fsdp: Count | Literal["auto"] = "auto"
+    """Shards of the parameters and of the batch; auto takes the devices that are left."""
+    tensor: Count | Literal["auto"] = 1
+    """Shards of heads, feed-forward width and vocabulary."""
+
+    @model_validator(mode="after")
+    def _one_auto(self) -> MeshConfig:
+        if [self.data, self.fsdp, self.tensor].count("auto") > 1:
+            raise ValueError("only one axis can be auto")
+        return self
+
+
+class NormConfig(Section):
+    """Normalisation before each sub-layer and before the output."""
+
+    type: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    """rmsnorm divides by the root mean square (LLaMA); layernorm also removes the mean (GPT-2)."""
+    eps: Positive = 1e-6
+    """Added to the variance."""
+    scale: bool = True
+    """Learn a factor for each channel."""
+    bias: bool = False
+    """Learn an offset for each channel."""
+
+
+class RopeScaling(Section):
+    """Stretching of rotary frequencies to contexts longer than those of pretraining."""
+
+    type: Literal["linear", "llama3"] = "linear"
+    """linear divides every frequency; llama3 divides the low ones and blends between (Llama 3.1)."""
+    factor: Positive = 8.0
+    """How many times longer the context becomes."""
+    low_freq_factor: Positive = 1.0
+    """llama3: wavelengths above original_context / this are divided."""
+    high_freq_factor: Positive = 4.0
+    """llama3: wavelengths below original_context / this are kept."""
+    original_context: Count = 8192
+    """llama3: context of pretraining, in tokens."""
+
+
+class RopePositions(Section):
+    """Rotary position embedding (arXiv 2104.09864)."""
+
+    type: Literal["rope"] = "rope"
+    """Rotate queries and keys by their position."""
+    base: Positive = 10000.0
+    """Wavelengths run from 2 pi to 2 pi times this."""
+    fraction: Share = 1.0
+    """Share of each head's dimensions that is rotated, from the first (GPT-NeoX: 0.25)."""
+    pairing: Literal["half", "interleaved"] = "half"
+    """Which dimensions rotate together: i with i + d/2 (LLaMA in transformers), or 2i with 2i + 1 (PaLM, GPT-J)."""
+    scaling: RopeScaling | None = None
+    """Stretching for long contexts."""
+
+
+class LearnedPositions(Section):
+    """A learned vector for each position (GPT-2)."""
+
+    type: Literal["learned"] = "learned"
+    """Add a learned vector to the token embedding; positions end at model.context."""
+
+
+class NoPositions(Section):
+    """No position information beyond the causal mask."""
+
+    type: Literal["none"] = "none"
+    """Add nothing."""
+
+
+Positions = Annotated[RopePositions | LearnedPositions | NoPositions, Field(discriminator="type")]
+
+
+class MlpConfig(Section):
+    """The feed-forward sub-layer."""
+
+    type: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
+    """gelu is exact, gelu_tanh its approximation (GPT-2); swiglu and geglu gate with a third matrix (arXiv 2002.05202)."""
+    width: Count | None = None
+    """Hidden width; unset means 4 model widths, or 8/3 rounded up to a multiple of 64 where gated."""
+    bias: bool = False
+    """Learn offsets."""
+
+
+class AttentionConfig(Section):
+    """The attention sub-layer."""
+
+    heads: Count = 4
+    """Query heads."""
+    kv_heads: Count | None = None
+    """Key and value heads, shared by equal groups of query heads; unset means one each, 1 is multi-query."""
+    head_dim: Count | None = None
+    """Width of a head; unset means width / heads."""
+    qkv_bias: bool = False
+    """Learn offsets of queries, keys and values."""
+    out_bias: bool = False
+    """Learn an offset of the output."""
+    qk_norm: bool = False
+    """Normalise each head's queries and keys (RMS, learned scale) before positions are applied."""
+    windows: tuple[Count | None, ...] = (None,)
+    """Tokens each layer looks back over, itself included, repeated over the depth; null means all. [null, 256]
+    alternates dense and banded layers as GPT-3 does."""
+    softcap: Positive | None = None
+    """Bound scores smoothly to +-this by tanh (Gemma 2)."""
+    scale: Positive | None = None
+    """Factor of the scores; unset means head_dim ** -0.5."""
+
+
+class ModelConfig(Section):
+    """A decoder-only Transformer; GPT-2, GPT-3, LLaMA and PaLM are settings of it."""
+
+    vocab: Count | None = None
+    """Rows of the embedding; unset means the tokenizer's size rounded up to a multiple of 128."""
+    width: Count = 128
+    """Width of the residual stream."""
+    layers: Count = 4
+    """Number of blocks."""
+    context: Count = 256
+    """Longest sequence, in tokens."""
+    norm: NormConfig = NormConfig()
+    """Normalisation."""
+    positions: Positions = RopePositions()
+    """How the model knows order."""
+    attention: AttentionConfig = AttentionConfig()
+    """Attention."""
+    mlp: MlpConfig = MlpConfig()
+    """Feed-forward."""
+    residual: Literal["sequential", "parallel"] = "sequential"
+    """parallel adds attention and feed-forward of one shared input at once (PaLM, GPT-NeoX)."""
+    shared_norm: bool = True
+    """parallel only: one norm feeds both sub-layers (PaLM, GPT-J); false gives each its own (GPT-NeoX)."""
+    tied: bool = True
+    """Use the embedding matrix as the output matrix."""
+    embedding_scale: Positive = 1.0
+    """Factor of the token embeddings."""
+    logit_scale: Positive = 1.0
+    """Factor of the logits."""
+    logit_softcap: Positive | None = None
+    """Bound logits smoothly to +-this by tanh."""
+    init_std: Positive = 0.02
+    """Standard deviation of the initial weights; matrices that write to the residual stream get / sqrt(2 layers)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the blocks; parameters, softmax and losses stay float32. auto: bfloat16 on accelerators."""
+    scan_layers: bool = True
+    """Compile one block and loop over it; false unrolls (longer compile, sometimes faster steps)."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ModelConfig:
+        a = self.attention
+        if a.head_dim is None and self.width % a.heads:
+            raise ValueError(f"width {self.width} is not a multiple of attention.heads {a.heads}; set attention.head_dim")
+        if a.kv_heads is not None and a.heads % a.kv_heads:
+            raise ValueError(f"attention.heads {a.heads} is not a multiple of attention.kv_heads {a.kv_heads}")
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.attention.head_dim or self.width // self.attention.heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads."""
+        return self.attention.kv_heads or self.attention.heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward has a gate matrix."""
+        return self.mlp.type in ("swiglu", "geglu")
+
+    @property
+    def hidden(self) -> int:
+        """Width of the feed-forward layer."""
+        if self.mlp.width is not None:
+            return self.mlp.width
+        return -(-8 * self.width // 3 // 64) * 64 if self.gated else 4 * self.width
+
+
+class TextSource(Section):
+    """Text files and their weight in the mixture."""
+
+    path: str | tuple[str, ...]
+    """Files or glob patterns: .txt (one document a file), .jsonl, either with .gz or .zst."""
+    weight: Positive = 1.0
+    """Share of the training tokens, relative to the other sources."""
+    field: str = "text"
+    """Key of the text in JSONL records."""
+
+
+class DataConfig(Section):
+    """Pretraining text: one path, or several named sources with weights."""
+
+    path: str | tuple[str, ...] | None = None
+    """Files of a single source; use sources for a mixture."""
+    field: str = "text"
+    """Key of the text in JSONL records of path."""
+    sources: dict[str, TextSource] = {}
+    """Named sources; training rows are drawn in exact proportion to their weights."""
+    val_fraction: Share = 0.01
+    """Share held out for validation."""
+    val_split: Literal["document", "tail"] = "document"
+    """Hold out whole documents by their hash, or the last part of each source's tokens."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataConfig:
+        if self.path is not None and self.sources:
+            raise ValueError("set path or sources, not both")
+        return self
+
+    @property
+    def named(self) -> dict[str, TextSource]:
+        """All sources by name; a lone path is called text."""
+        if self.path is not None:
+            return {"text": TextSource(path=self.path, field=self.field)}
+        return self.sources
+
+
+class TokenizerConfig(Section):
+    """A SentencePiece model: a file of the user's, or trained here."""
+
+    path: str | None = None
+    """An existing .model file; unset trains one."""
+    model_type: Literal["bpe", "unigram", "char"] = "bpe"
+    """What SentencePiece trains."""
+    vocab: Count = 8192
+    """Pieces to learn, control pieces and bytes included; fewer when the text has no more."""
+    byte_fallback: bool = True
+    """Spell unknown characters as bytes, so that no text is ever lost."""
+    split_digits: bool = True
+    """One piece for each digit."""
+    path_text: str | tuple[str, ...] | None = None
+    """Files to learn from; unset means the sources of data."""
+    fields: tuple[str, ...] = ("text",)
+    """Keys of path_text's JSONL records whose strings are learned from (lists and messages are walked)."""
+    sample_bytes: Count = 50_000_000
+    """Text used for learning, at most, in bytes."""
+    template: str | None = None
+    """A Jinja chat template file; unset uses the built-in one."""
+
+
+class PrepareConfig(Section):
+    """Makes the run's data files before anything else."""
+
+    type: Literal["meadow"] = "meadow"
+    """meadow writes a small invented world: text, instructions, rankings and prompts."""
+    seed: Whole = 0
+    """Seed of the world's texts (its facts are always the same)."""
+    documents: Count = 30_000
+    """Pretraining documents."""
+    instructions: Count = 4_000
+    """Prompt/response pairs for fine-tuning."""
+    rankings: Count = 3_000
+    """Prompts with four ranked responses."""
+    prompts: Count = 4_000
+    """Prompts for RL."""
+    held_out: Count = 192
+    """Held-out prompts and rankings each, for evaluation."""
+    noise: NonNegative = 0.25
+    """Standard deviation of the labellers' noise, in units of the gold score."""
+
+
+class OptimizerConfig(Section):
+    """AdamW with a learning-rate schedule."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay from the peak to final over the stage."""
+    warmup: Share = 0.05
+    """Share of the stage over which the rate rises from 0."""
+    final: Share = 0.1
+    """Rate at the end, as a share of the peak."""
+    b1: Share = 0.9
+    """Decay of the first moment."""
+    b2: Share = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled decay of matrices and embeddings; scales and biases are left alone."""
+    clip: Positive | None = 1.0
+    """Largest global gradient norm."""
+
+
+class CheckpointConfig(Section):
+    """When a stage's state is saved, and which copies stay."""
+
+    every: Count = 100
+    """Steps between checkpoints."""
+    keep: Count = 2
+    """How many of the latest stay; the best stays beside them."""
+
+
+class StageConfig(Section):
+    """What every training stage has."""
+
+    init: str | None = None
+    """Where the parameters start: a stage of this run, the folder of another run's stage, or random; unset means the
+    stage before this one."""
+    batch: Count = 32
+    """Rows in one update, over all devices."""
+    accumulate: Count = 1
+    """Parts a batch is cut into to save memory; the result is the same."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints."""
+    eval_every: Count = 100
+    """Steps between evaluations; there is always one at the end."""
+    eval_batches: Count = 16
+    """Batches in one evaluation, at most."""
+    best: Literal["last", "best"] = "last"
+    """Which parameters the stage hands on: its last, or those with the best validation metric."""
+    log_every: Count = 10
+    """Steps between console lines; metrics.jsonl has every step."""
+
+    @model_validator(mode="after")
+    def _cut(self) -> StageConfig:
+        if self.batch % self.accumulate:
+            raise ValueError(f"batch {self.batch} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class SupervisedConfig(StageConfig):
+    """What the stages that learn from files have."""
+
+    steps: Count = 300
+    """Optimizer updates."""
+    context: Count = 128
+    """Tokens in one row."""
+
+
+class PretrainConfig(SupervisedConfig):
+    """Next-token prediction on the text mixture."""
+
+
+class Conversations(Section):
+    """Prompt/response files: {"messages"}, {"prompt", "completion"}, or keys of the user's own."""
+
+    path: str | tuple[str, ...]
+    """JSONL files or glob patterns."""
+    eval_path: str | tuple[str, ...] | None = None
+    """Held-out files for the validation loss."""
+    prompt_field: str = "prompt"
+    """Key of the prompt where a record has no messages."""
+    completion_field: str = "completion"
+    """Key of the response where a record has no messages."""
+
+
+class SftConfig(SupervisedConfig):
+    """Supervised fine-tuning: next-token prediction on the assistant's tokens alone."""
+
+    data: Conversations | None = None
+    """Conversations to learn."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Residual dropout (InstructGPT used 0.2)."""
+
+
+class Rankings(Section):
+    """Ranking files: {"prompt", "responses", "ranks"} or {"prompt", "chosen", "rejected"}."""
+
+    path: str | tuple[str, ...]
+    """JSONL files or glob patterns."""
+    eval_path: str | tuple[str, ...] | None = None
+    """Held-out rankings; no prompt may stand in both."""
+
+
+class RewardConfig(SupervisedConfig):
+    """Reward model: Bradley-Terry over all pairs of a ranking."""
+
+    data: Rankings | None = None
+    """Rankings to learn."""
+    responses: Annotated[int, Field(ge=2, le=64)] = 9
+    """Most responses in one ranking."""
+    normalize: bool = True
+    """Shift and scale the head afterwards so that training responses score mean 0 and deviation 1."""
+
+
+class Prompts(Section):
+    """Prompt files: {"prompt"} or {"messages"}."""
+
+    path: str | tuple[str, ...]
+    """JSONL files or glob patterns."""
+
+
+class KlConfig(Section):
+    """The penalty that keeps the policy near the SFT model."""
+
+    coef: NonNegative = 0.05
+    """Weight of the per-token KL in the reward, nats."""
+    controller: Literal["fixed", "adaptive"] = "fixed"
+    """adaptive steers coef towards target (Ziegler et al. 2019)."""
+    target: Positive = 6.0
+    """adaptive: wanted KL, nats summed over a response, mean over episodes."""
+    horizon: Positive = 10_000.0
+    """adaptive: episodes over which coef can double or so."""
+
+
+class PpoConfig(StageConfig):
+    """PPO against the reward model (Ouyang et al. 2022)."""
+
+    data: Prompts | None = None
+    """Prompts to respond to."""
+    reward: str | None = None
+    """The reward model: a stage of this run or the folder of another; unset means reward."""
+    iterations: Count = 60
+    """Rollouts, each followed by epochs over its episodes."""
+    batch: Count = 32
+    """Episodes in one update."""
+    episodes: Count = 64
+    """Episodes in one rollout, a multiple of batch."""
+    epochs: Count = 2
+    """Passes over each rollout."""
+    prompt_length: Count = 32
+    """Longest prompt, in tokens."""
+    response_length: Count = 64
+    """Longest response, in tokens, end token included."""
+    temperature: Positive = 1.0
+    """Sampling temperature; all log-probabilities are taken at it."""
+    clip: Positive = 0.2
+    """Clip range of the policy ratio."""
+    value_clip: Positive = 0.2
+    """Clip range of the value around the rollout's."""
+    value_coef: NonNegative = 1.0
+    """Weight of the value loss; policy and critic share no weights."""
+    value_lr: Positive | None = None
+    """Peak learning rate of the critic; unset means the policy's."""
+    gamma: Share = 1.0
+    """Discount."""
+    lam: Share = 0.95
+    """GAE lambda."""
+    kl: KlConfig = KlConfig()
+    """KL penalty."""
+    missing_eos: float | None = -1.0
+    """Score of a response that never ends, in place of the reward model's; null keeps the model's."""
+    whiten_rewards: bool = False
+    """Scale rewards to deviation 1 over the rollout, keeping their mean."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0 and deviation 1 over the rollout."""
+
+    @model_validator(mode="after")
+    def _multiple(self) -> PpoConfig:
+        if self.episodes % self.batch:
+            raise ValueError(f"episodes {self.episodes} is not a multiple of batch {self.batch}")
+        return self
+
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates between two rollouts."""
+        return self.epochs * (self.episodes // self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer updates in all."""
+        return self.iterations * self.updates_per_rollout
+
+
+class EvaluateConfig(Section):
+    """What is asked of the finished models, for the report."""
+
+    data: Prompts | None = None
+    """Held-out prompts: {"prompt", "answer", "kind", ...}; answer is compared exactly, by kind."""
+    scorer: str | None = None
+    """module:function(record, response) -> float, the gold score of a response."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of the scored responses; exact match is always greedy."""
+    max_tokens: Count = 64
+    """Longest response, in tokens."""
+    batch: Count = 64
+    """Prompts answered at a time."""
+    samples: tuple[str, ...] = ()
+    """Prompts whose responses the report shows side by side."""
+    few_shot: tuple[tuple[str, str], ...] = ()
+    """Question/answer pairs put before a prompt when the base model is asked."""
+
+
+class Config(Section):
+    """A run: one assistant, from text to RL model."""
+
+    name: str = "run"
+    """Name of the run and of its folder."""
+    runs: str = "runs"
+    """Folder of all runs."""
+    seed: Whole = 0
+    """Seed of every random choice but the prepared data's."""
+    mesh: MeshConfig = MeshConfig()
+    """Layout of the devices."""
+    prepare: PrepareConfig | None = None
+    """Makes data files first."""
+    data: DataConfig = DataConfig()
+    """Pretraining text."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Tokenizer."""
+    model: ModelConfig = ModelConfig()
+    """Transformer."""
+    pretrain: PretrainConfig | None = None
+    """Stage 1."""
+    sft: SftConfig | None = None
+    """Stage 2."""
+    reward: RewardConfig | None = None
+    """Stage 3."""
+    ppo: PpoConfig | None = None
+    """Stage 4."""
+    evaluate: EvaluateConfig | None = None
+    """Evaluation of the finished models."""
