@@ -1,0 +1,101 @@
+"""The device mesh: three named axes that always exist, so that no other code asks how many devices there are.
+
+`data` and `fsdp` split the batch, `fsdp` also splits parameters, `tensor` splits heads, feed-forward width and
+vocabulary. Axis types are Explicit: every array's sharding is part of its type.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jax import P
+from jax.sharding import NamedSharding
+
+from jaxgpt.config.schema import MeshConfig, ModelConfig
+from jaxgpt.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")
+"""The mesh axes that the batch dimension is split over."""
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
+    """Sizes of (data, fsdp, tensor) on that many devices.
+
+    Raises UserError where the axes ask for more devices than there are, or auto leaves a remainder.
+    """
+    sizes = {axis: getattr(config, axis) for axis in AXES}
+    fixed = math.prod(size for size in sizes.values() if size != "auto")
+    asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+    if fixed > devices:
+        raise UserError(f"{asked} needs {fixed} devices, and there are {devices}")
+    if "auto" in sizes.values() and devices % fixed:
+        good = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise UserError(f"{asked}: {devices} devices do not divide by {fixed}; the fixed axes may multiply to {good}")
+    data, fsdp, tensor = (devices // fixed if size == "auto" else size for size in sizes.values())
+    return data, fsdp, tensor
+
+
+def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
+    """The mesh over all (or, with fixed sizes, the first) devices."""
+    shape = mesh_shape(config, jax.device_count())
+    return jax.make_mesh(shape, AXES, devices=jax.devices()[: math.prod(shape)])
+
+
+def check_batch(mesh: jax.sharding.Mesh, rows: int, name: str) -> None:
+    """Raises UserError where the batch axes do not divide `rows`; `name` is the setting to mend."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        near = sorted({max(1, rows // ways) * ways, -(-rows // ways) * ways})
+        raise UserError(
+            f"{name}: {rows} rows do not divide over {ways} devices "
+            f"(mesh.data={mesh.shape['data']} x mesh.fsdp={mesh.shape['fsdp']}); use {' or '.join(map(str, near))}"
+        )
+
+
+def check_model(mesh: jax.sharding.Mesh, model: ModelConfig, vocab: int) -> None:
+    """Raises UserError naming every dimension of the model that the mesh does not divide, with values that would."""
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    kv_ways = 1 if model.kv_heads == 1 else tensor
+    wanted = [
+        ("model.width", model.width, "fsdp", fsdp),
+        ("model.attention.heads", model.attention.heads, "tensor", tensor),
+        ("model.attention.kv_heads", model.kv_heads, "tensor", kv_ways),
+        ("model.mlp.width", model.hidden, "tensor", tensor),
+        ("model.vocab", vocab, "tensor", tensor),
+    ]
+    problems = [
+        f"{name} is {size}, which mesh.{axis}={ways} does not divide; use a multiple of {ways} (such as "
+        f"{-(-size // ways) * ways}) or a mesh.{axis} of {', '.join(str(d) for d in _divisors(size) if d <= ways)}"
+        for name, size, axis, ways in wanted
+        if size % ways
+    ]
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def gather(weight: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """The weight with its `fsdp` shards joined, cast first; the transpose is the reduce-scatter of its gradient."""
+    weight = weight if dtype is None else weight.astype(dtype)
+    spec = jax.typeof(weight).sharding.spec
+    return jax.sharding.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in spec)))
+
+
+def batch_spec(ndim: int) -> P:
+    """The sharding of an array whose first dimension is the batch."""
+    return P(BATCH, *(None,) * (ndim - 1))
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """This host's rows of a batch, as arrays over all devices."""
+    return {
+        key: jax.make_array_from_process_local_data(NamedSharding(mesh, batch_spec(rows.ndim)), rows)
+        for key, rows in batch.items()
+    }

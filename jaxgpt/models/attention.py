@@ -1,0 +1,142 @@
+"""Rotary positions, the attention function and the attention layer.
+
+Letters: B batch, T queries, S keys, D model width, H query heads, G key/value heads, R query heads per key/value head,
+K head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from jaxgpt.config.schema import ModelConfig, RopePositions
+from jaxgpt.mesh import BATCH, gather
+from jaxgpt.models.layers import Draw, scales
+
+FAR = -1e30
+"""Score of a masked pair; finite, so that a row with nothing to see gives no NaN."""
+
+
+def rope_frequencies(config: RopePositions, head_dim: int) -> jax.Array:
+    """Angle per position of each rotated pair, [rotated / 2] float32 (RoFormer, arXiv 2104.09864, eq. 15)."""
+    rotated = int(head_dim * config.fraction) // 2 * 2
+    frequency = config.base ** (-jnp.arange(0, rotated, 2, dtype=jnp.float32) / rotated)
+    scaling = config.scaling
+    if scaling is None:
+        return frequency
+    if scaling.type == "linear":
+        return frequency / scaling.factor
+    turns = scaling.original_context * frequency / (2 * math.pi)
+    span = scaling.high_freq_factor - scaling.low_freq_factor
+    keep = jnp.clip((turns - scaling.low_freq_factor) / span, 0.0, 1.0)
+    return frequency * (keep + (1.0 - keep) / scaling.factor)
+
+
+def rope_tables(config: RopePositions, head_dim: int, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of every rotation, [B, T, rotated / 2] float32."""
+    angle = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(config, head_dim)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_BTHK: jax.Array, tables: tuple[jax.Array, jax.Array], pairing: str) -> jax.Array:
+    """Rotates the first dimensions of each head in float32; the others pass."""
+    cos, sin = (table[:, :, None, :] for table in tables)
+    rotated = 2 * cos.shape[-1]
+    x, rest = x_BTHK[..., :rotated].astype(jnp.float32), x_BTHK[..., rotated:]
+    if pairing == "half":
+        a, b = x[..., : rotated // 2], x[..., rotated // 2 :]
+        y = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    else:
+        a, b = x[..., 0::2], x[..., 1::2]
+        y = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(x.shape)
+    return jnp.concatenate([y.astype(x_BTHK.dtype), rest], axis=-1)
+
+
+def attend(
+    q_BTHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    first: jax.Array | int = 0,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Causal attention inside equal segments, [B, T, H, K]; queries come scaled.
+
+    Query t stands in slot `first` + t among the keys' slots and sees slots up to its own, at most `window` of them.
+    Runs on each device's own rows and heads; scores and softmax are float32.
+    """
+    heads = jax.typeof(q_BTHK).sharding.spec[2]
+    groups = jax.typeof(k_BGSK).sharding.spec[1]
+    keys, rows = P(BATCH, groups, None, None), P(BATCH, None)
+    local = functools.partial(_attend, window=window, softcap=softcap)
+    return jax.shard_map(
+        local,
+        in_specs=(P(BATCH, None, heads, None), keys, keys, rows, rows, P()),
+        out_specs=P(BATCH, None, heads, None),
+    )(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, jnp.asarray(first, jnp.int32))
+
+
+def _attend(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, first, *, window, softcap):
+    (B, T, H, K), (_, G, S, _) = q_BTHK.shape, k_BGSK.shape
+    q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    behind_TS = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    near_TS = behind_TS >= 0 if window is None else (behind_TS >= 0) & (behind_TS < window)
+    seen_BTS = near_TS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, FAR), axis=-1)
+    out_BGRTK = jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v_BGSK.dtype), v_BGSK)
+    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+class Attention(nnx.Module):
+    """Multi-head, grouped-query or multi-query attention with its projections."""
+
+    def __init__(self, c: ModelConfig, draw: Draw):
+        D, H, G, K = c.width, c.attention.heads, c.kv_heads, c.head_dim
+        shared = None if G == 1 else "tensor"
+        self.c = c
+        self.q_DHK = draw.normal((D, H, K), ("fsdp", "tensor", None))
+        self.k_DGK = draw.normal((D, G, K), ("fsdp", shared, None))
+        self.v_DGK = draw.normal((D, G, K), ("fsdp", shared, None))
+        self.o_HKD = draw.normal((H, K, D), ("tensor", None, "fsdp"), residual=True)
+        biased = c.attention.qkv_bias
+        self.q_bias_HK = draw.zeros((H, K), ("tensor", None)) if biased else None
+        self.k_bias_GK = draw.zeros((G, K), (shared, None)) if biased else None
+        self.v_bias_GK = draw.zeros((G, K), (shared, None)) if biased else None
+        self.o_bias_D = draw.zeros((D,), (None,)) if c.attention.out_bias else None
+        self.q_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
+        self.k_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
+
+    def project(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ...]:
+        """Scaled queries [B, T, H, K] and keys, values [B, G, T, K], positions applied."""
+        c, dtype = self.c, x_BTD.dtype
+        q_BTHK = self._part(x_BTD, self.q_DHK, self.q_bias_HK)
+        k_BTGK = self._part(x_BTD, self.k_DGK, self.k_bias_GK)
+        v_BTGK = self._part(x_BTD, self.v_DGK, self.v_bias_GK)
+        if self.q_scale_K is not None:
+            q_BTHK = scales(q_BTHK, self.q_scale_K[...], c.norm.eps)
+            k_BTGK = scales(k_BTGK, self.k_scale_K[...], c.norm.eps)
+        if tables is not None:
+            q_BTHK, k_BTGK = (rotate(x, tables, c.positions.pairing) for x in (q_BTHK, k_BTGK))
+        scale = c.attention.scale or c.head_dim**-0.5
+        return (q_BTHK * scale).astype(dtype), k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
+
+    def _part(self, x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
+        w = gather(weight[...], x_BTD.dtype)
+        y = jnp.einsum("btd,dhk->bthk", x_BTD, w, out_sharding=P(BATCH, None, jax.typeof(w).sharding.spec[1], None))
+        return y if bias is None else y + gather(bias[...], x_BTD.dtype)
+
+    def output(self, out_BTHK: jax.Array) -> jax.Array:
+        """The heads' results joined, [B, T, D]."""
+        w_HKD = gather(self.o_HKD[...], out_BTHK.dtype)
+        y_BTD = jnp.einsum("bthk,hkd->btd", out_BTHK, w_HKD, out_sharding=P(BATCH, None, None))
+        return y_BTD if self.o_bias_D is None else y_BTD + self.o_bias_D[...].astype(y_BTD.dtype)

@@ -1,0 +1,72 @@
+"""What stands on a backbone: the next token's logits, or one number for each token.
+
+Letters: B batch, T time, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from jaxgpt.config.schema import ModelConfig
+from jaxgpt.mesh import BATCH, gather
+from jaxgpt.models.net import Net, functional
+from jaxgpt.models.transformer import Backbone
+
+
+class LanguageModel(nnx.Module):
+    """A distribution over the next token."""
+
+    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
+        self.c = c
+        self.backbone = Backbone(c, vocab, rngs, dropout)
+        std = c.init_std
+        unembed = None if c.tied else jax.random.normal(rngs.params(), (vocab, c.width)) * std
+        self.unembed_VD = None if unembed is None else nnx.Param(unembed, sharding_names=("tensor", "fsdp"))
+
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        seeds_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states that predict the token after each position, [B, T, D]."""
+        return self.backbone(tokens_BT, segments_BT, positions_BT, seeds_B)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """Unnormalised log-probabilities of the next token, [B, T, V] float32."""
+        matrix = self.backbone.embed_VD if self.unembed_VD is None else self.unembed_VD
+        w_VD = gather(matrix[...], hidden_BTD.dtype)
+        spec = P(BATCH, None, "tensor")
+        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=spec)
+        logits_BTV = logits_BTV * self.c.logit_scale
+        cap = self.c.logit_softcap
+        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+
+
+class ScalarModel(nnx.Module):
+    """A number at every token: the reward model reads the last one, the critic all."""
+
+    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs):
+        self.backbone = Backbone(c, vocab, rngs)
+        head_D = jax.random.normal(rngs.params(), (c.width,)) * (c.width + 1) ** -0.5
+        self.head_D = nnx.Param(head_D, sharding_names=(None,))
+        self.bias = nnx.Param(jnp.zeros(()), sharding_names=())
+
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Scores, [B, T] float32."""
+        hidden_BTD = self.backbone(tokens_BT, segments_BT, positions_BT).astype(jnp.float32)
+        return jnp.einsum("btd,d->bt", hidden_BTD, self.head_D[...]) + self.bias[...]
+
+
+def language_model(c: ModelConfig, vocab: int, dropout: float = 0.0) -> Net:
+    """A language model as pure functions; call under `jax.set_mesh`."""
+    return functional(lambda rngs: LanguageModel(c, vocab, rngs, dropout))
+
+
+def scalar_model(c: ModelConfig, vocab: int) -> Net:
+    """A reward or value model as pure functions; call under `jax.set_mesh`."""
+    return functional(lambda rngs: ScalarModel(c, vocab, rngs))

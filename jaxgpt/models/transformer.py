@@ -1,0 +1,170 @@
+"""Blocks and the backbone that language, reward and value models share.
+
+Letters: B batch, T time, S cache slots, D model width, H heads, G key/value heads, K head width, V vocabulary, N layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import P
+
+from jaxgpt.config.schema import LearnedPositions, ModelConfig, RopePositions
+from jaxgpt.mesh import BATCH, gather
+from jaxgpt.models.attention import Attention, attend, rope_tables
+from jaxgpt.models.layers import Draw, Mlp, Norm, dropout
+
+
+class Place(NamedTuple):
+    """Where the tokens of one forward pass stand: what every layer needs beside the activations."""
+
+    segments_BT: jax.Array
+    tables: tuple[jax.Array, jax.Array] | None
+    """Rotations, where positions are rotary."""
+    seeds_B: jax.Array | None = None
+    dropout: float = 0.0
+
+
+class Slots(NamedTuple):
+    """Keys and values of one layer, [B, G, S, K]."""
+
+    k_BGSK: jax.Array
+    v_BGSK: jax.Array
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, one after the other or side by side."""
+
+    def __init__(self, c: ModelConfig, draw: Draw):
+        self.c = c
+        self.attention_norm = Norm(c, draw)
+        self.attention = Attention(c, draw)
+        shared = c.residual == "parallel" and c.shared_norm
+        self.mlp_norm = None if shared else Norm(c, draw)
+        self.mlp = Mlp(c, draw)
+
+    def __call__(self, x_BTD: jax.Array, place: Place, layer: jax.Array, window: int | None) -> jax.Array:
+        """The whole sequence at once."""
+        h_BTD = self.attention_norm(x_BTD)
+        q, k, v = self.attention.project(h_BTD, place.tables)
+        segments = place.segments_BT
+        out = attend(q, k, v, segments, segments, window=window, softcap=self.c.attention.softcap)
+        return self._residual(x_BTD, h_BTD, self.attention.output(out), place, layer)
+
+    def extend(
+        self, x_BTD: jax.Array, place: Place, slots: Slots, segments_BS: jax.Array, first: jax.Array, window: int | None
+    ) -> tuple[jax.Array, Slots]:
+        """New tokens behind those in the cache: they take the slots from `first` on."""
+        h_BTD = self.attention_norm(x_BTD)
+        q, k, v = self.attention.project(h_BTD, place.tables)
+        at = (0, 0, first, 0)
+        slots = Slots(*(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(slots, (k, v), strict=True)))
+        cap = self.c.attention.softcap
+        out = attend(q, *slots, place.segments_BT, segments_BS, first=first, window=window, softcap=cap)
+        return self._residual(x_BTD, h_BTD, self.attention.output(out), place, jnp.int32(0)), slots
+
+    def _residual(
+        self, x_BTD: jax.Array, h_BTD: jax.Array, attended_BTD: jax.Array, place: Place, layer: jax.Array
+    ) -> jax.Array:
+        def drop(y_BTD: jax.Array, site: int) -> jax.Array:
+            return dropout(y_BTD, place.seeds_B, 2 * layer + site, place.dropout)
+
+        if self.c.residual == "parallel":
+            inner_BTD = h_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
+            return x_BTD + drop(attended_BTD, 0) + drop(self.mlp(inner_BTD), 1)
+        x_BTD = x_BTD + drop(attended_BTD, 0)
+        return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), 1)
+
+
+def _unstack(blocks: Block, count: int) -> list[Block]:
+    """Stacked layers as a list; the gradient of a split is one concatenation."""
+    split = jax.tree.map(lambda w: [jnp.squeeze(part, 0) for part in jnp.split(w, count)], blocks)
+    leaves, treedef = jax.tree.flatten(blocks)
+    parts = jax.tree.leaves(split)
+    return [treedef.unflatten(parts[i :: count]) for i in range(count)] if len(leaves) else []
+
+
+def compute_dtype(c: ModelConfig) -> jnp.dtype:
+    """Arithmetic of the blocks on this machine."""
+    name = c.dtype if c.dtype != "auto" else ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(name)
+
+
+class Backbone(nnx.Module):
+    """Token and position embeddings, blocks, output norm."""
+
+    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
+        self.c, self.dropout = c, dropout
+        draw = self._draw(rngs)
+        self.embed_VD = draw.normal((vocab, c.width), ("tensor", "fsdp"))
+        learned = isinstance(c.positions, LearnedPositions)
+        self.positions_TD = draw.normal((c.context, c.width), (None, "fsdp")) if learned else None
+        keys_N = jax.random.split(rngs.params(), c.layers)
+        self.blocks = jax.vmap(lambda key: Block(c, self._draw(nnx.Rngs(params=key))))(keys_N)
+        self.norm = Norm(c, draw)
+
+    def _draw(self, rngs: nnx.Rngs) -> Draw:
+        return Draw(rngs, self.c.init_std, self.c.init_std * (2 * self.c.layers) ** -0.5)
+
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Embeddings in the blocks' dtype, [B, T, D]."""
+        dtype, rows = compute_dtype(self.c), P(BATCH, None, None)
+        x_BTD = gather(self.embed_VD[...], dtype).at[tokens_BT].get(out_sharding=rows) * self.c.embedding_scale
+        if self.positions_TD is not None:
+            x_BTD = x_BTD + gather(self.positions_TD[...], dtype).at[positions_BT].get(out_sharding=rows)
+        return x_BTD
+
+    def tables(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Rotations, where positions are rotary."""
+        c = self.c
+        return rope_tables(c.positions, c.head_dim, positions_BT) if isinstance(c.positions, RopePositions) else None
+
+    def window(self, layer: int) -> int | None:
+        """How far back a layer looks."""
+        return self.c.attention.windows[layer % len(self.c.attention.windows)]
+
+    def __call__(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        seeds_B: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalised hidden states, [B, T, D]."""
+        place = Place(segments_BT, self.tables(positions_BT), seeds_B, self.dropout)
+        x_BTD = dropout(self.embed(tokens_BT, positions_BT), seeds_B, jnp.int32(2 * self.c.layers), self.dropout)
+        return self.norm(self._run(x_BTD, place))
+
+    def _run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
+        c, period = self.c, len(self.c.attention.windows)
+
+        def group(x_BTD: jax.Array, blocks: list[Block], first: jax.Array) -> jax.Array:
+            for i, block in enumerate(blocks):
+                with jax.named_scope("block"):
+                    x_BTD = block(x_BTD, place, first + i, self.window(i))
+            return x_BTD
+
+        group = _remat(group, c.remat)
+        if not c.scan_layers or c.layers % period:
+            for i, block in enumerate(_unstack(self.blocks, c.layers)):
+                one = _remat(lambda x, b, n, w=self.window(i): b(x, place, n, w), c.remat)
+                x_BTD = one(x_BTD, block, jnp.int32(i))
+            return x_BTD
+        groups = jax.tree.map(lambda w: w.reshape(c.layers // period, period, *w.shape[1:]), self.blocks)
+        firsts = jnp.arange(0, c.layers, period, dtype=jnp.int32)
+
+        def body(x_BTD: jax.Array, stacked: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
+            blocks, first = stacked
+            return group(x_BTD, _unstack(blocks, period), first), None
+
+        return jax.lax.scan(body, x_BTD, (groups, firsts))[0]
+
+
+def _remat(function: Any, policy: str) -> Any:
+    if policy == "none":
+        return function
+    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    return jax.checkpoint(function, policy=saved)
