@@ -34,7 +34,7 @@ def kl_estimate(logp: jax.Array, ref_logp: jax.Array, kind: Literal["k1", "k2", 
 
 
 def episode_kl(logp_BT: jax.Array, ref_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-    """Sum of k1 over each episode's real tokens: nats, float32 [B]; its mean is objective/kl, input of `adaptive_kl`."""
+    """Sum of k1 over each episode's tokens: nats, float32 [B]; the mean is objective/kl, input of `adaptive_kl`."""
     real_BT = mask_BT.astype(bool)
     kl_BT = kl_estimate(jnp.where(real_BT, logp_BT, 0.0), jnp.where(real_BT, ref_logp_BT, 0.0))
     return jax.lax.stop_gradient(jnp.sum(kl_BT, axis=1))
