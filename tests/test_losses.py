@@ -94,8 +94,7 @@ def test_next_token_of_a_bigram_table_is_its_cross_entropy():
     logp = log_softmax(table)
     terms = [-logp[tokens[b, t], tokens[b, t + 1]] for b in range(B) for t in range(T) if mask[b, t]]
     np.testing.assert_allclose(loss.mean, np.mean(terms), **CLOSE)
-    assert metrics["nll"].mean == loss.mean
-    assert loss.weight == len(terms)
+    assert (metrics["nll"].mean, loss.weight) == (loss.mean, len(terms))
 
 
 # --- rankings -------------------------------------------------------------------------------------------------------
@@ -130,8 +129,7 @@ def test_ranking_is_the_mean_over_prompts_of_the_mean_over_pairs(seed):
     np.testing.assert_allclose(loss.mean, want, **CLOSE)
     np.testing.assert_allclose(metrics["accuracy"].mean, accuracy, **CLOSE)
     np.testing.assert_allclose(metrics["margin"].mean, margin, **CLOSE)
-    assert metrics["loss"].mean == loss.mean
-    assert loss.weight == prompts
+    assert (metrics["loss"].mean, loss.weight) == (loss.mean, prompts)
 
 
 def test_ranking_of_two_is_pairwise_and_swapped_columns_flip_the_accuracy():
