@@ -79,12 +79,11 @@ class Block(nnx.Module):
         return x_BTD + drop(self.mlp(self.mlp_norm(x_BTD)), 1)
 
 
-def _unstack(blocks: Block, count: int) -> list[Block]:
+def unstack(blocks: Block, count: int) -> list[Block]:
     """Stacked layers as a list; the gradient of a split is one concatenation."""
-    split = jax.tree.map(lambda w: [jnp.squeeze(part, 0) for part in jnp.split(w, count)], blocks)
     leaves, treedef = jax.tree.flatten(blocks)
-    parts = jax.tree.leaves(split)
-    return [treedef.unflatten(parts[i :: count]) for i in range(count)] if len(leaves) else []
+    parts = [[jnp.squeeze(part, 0) for part in jnp.split(leaf, count)] for leaf in leaves]
+    return [treedef.unflatten(layer) for layer in zip(*parts, strict=True)]
 
 
 def compute_dtype(c: ModelConfig) -> jnp.dtype:
@@ -149,7 +148,7 @@ class Backbone(nnx.Module):
 
         group = _remat(group, c.remat)
         if not c.scan_layers or c.layers % period:
-            for i, block in enumerate(_unstack(self.blocks, c.layers)):
+            for i, block in enumerate(unstack(self.blocks, c.layers)):
                 one = _remat(lambda x, b, n, w=self.window(i): b(x, place, n, w), c.remat)
                 x_BTD = one(x_BTD, block, jnp.int32(i))
             return x_BTD
@@ -158,7 +157,7 @@ class Backbone(nnx.Module):
 
         def body(x_BTD: jax.Array, stacked: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
             blocks, first = stacked
-            return group(x_BTD, _unstack(blocks, period), first), None
+            return group(x_BTD, unstack(blocks, period), first), None
 
         return jax.lax.scan(body, x_BTD, (groups, firsts))[0]
 

@@ -1,0 +1,1 @@
+"""The one step and the one loop that every stage runs on."""

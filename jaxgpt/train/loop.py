@@ -1,0 +1,242 @@
+"""The one training loop: batch, step, metrics, evaluation, checkpoint.
+
+Reads the clock, handles signals, writes the stage's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import signal
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+from jaxgpt.config.schema import StageConfig
+from jaxgpt.models.net import Params, count
+from jaxgpt.train.checkpoint import Checkpoints, save_params
+from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
+from jaxgpt.train.state import State, initial_state
+from jaxgpt.train.step import Batch, Loss, make_step
+
+RESUMABLE = 75
+"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)."""
+
+
+class Drawn(NamedTuple):
+    """What a source gives for one step."""
+
+    batch: Batch
+    extras: dict[str, jax.Array]
+    """The state's extras from now on."""
+    metrics: Mapping[str, jax.Array] = types.MappingProxyType({})
+    """Figures to log with the step, as device scalars."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A training stage as a value: what makes pretraining, fine-tuning, reward modelling and PPO different."""
+
+    name: str
+    init: Callable[[], Params]
+    """Makes or loads the first parameters, on the mesh."""
+    abstract: Params
+    """Their shapes and shardings."""
+    loss: Loss
+    source: Callable[[int, State], Drawn]
+    """The batch of a step: pure in (step, state); called in order."""
+    tx: optax.GradientTransformation
+    schedule: optax.Schedule
+    """Learning rate by update, for the log."""
+    steps: int
+    tokens_per_step: int
+    evaluate: Callable[[Params], dict[str, float]] | None = None
+    quality: Callable[[dict[str, float]], float] | None = None
+    """Of an evaluation; higher is better."""
+    boundary: Callable[[int], bool] = lambda step: True
+    """Whether a checkpoint may stand before this step: a source with a rollout in hand says no."""
+    extras: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """First values of the state's extras."""
+    finish: Callable[[Params], Params] = lambda params: params
+    """Last change of the parameters before they are handed on."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop; its state is saved."""
+
+
+@dataclasses.dataclass
+class _Stop:
+    """Whether SIGTERM or SIGINT has come; a second one ends the process at once."""
+
+    asked: bool = False
+
+    def __call__(self, number: int, frame: types.FrameType | None) -> None:
+        if self.asked:
+            os._exit(RESUMABLE)
+        self.asked = True
+
+
+def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, Any], console: Console) -> dict[str, Any]:
+    """Runs a stage to its end, from its newest checkpoint where there is one; call under `jax.set_mesh`.
+
+    Writes metrics.jsonl, checkpoints/ and, at the end, params/ and done.json (returned). `meta` goes into params/.
+    Raises Preempted once the state is saved after SIGTERM or SIGINT.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    stop = _Stop()
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    session = None
+    try:
+        state, host = _first_state(stage, checkpoints)
+        session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host)
+        state = session.run(state)
+        return _finish(stage, folder, state, session.clock, meta)
+    finally:
+        if session is not None:
+            session.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        checkpoints.close()
+
+
+def _first_state(stage: Stage, checkpoints: Checkpoints) -> tuple[State, dict[str, Any]]:
+    restored = checkpoints.restore(_target(stage)) if checkpoints.steps else None
+    if restored is not None:
+        return restored
+    start = jax.jit(lambda params: initial_state(params, stage.tx, _extras(stage)), donate_argnums=0)
+    return start(stage.init()), {}
+
+
+def _extras(stage: Stage) -> dict[str, jax.Array]:
+    return {name: jnp.float32(value) for name, value in stage.extras.items()}
+
+
+def _target(stage: Stage) -> State:
+    return jax.eval_shape(lambda params: initial_state(params, stage.tx, _extras(stage)), stage.abstract)
+
+
+class _Session:
+    """One start of a stage: the order of events, and what is remembered between steps outside the state."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: StageConfig,
+        folder: Path,
+        checkpoints: Checkpoints,
+        stop: _Stop,
+        console: Console,
+        start: int,
+        host: dict[str, Any],
+    ):
+        self.stage, self.config, self.checkpoints, self.stop = stage, config, checkpoints, stop
+        self.clock = Clock(host.get("seconds", 0.0), stage.tokens_per_step)
+        self.best: dict[str, Any] | None = host.get("best")
+        self.saved = start
+        self.late: tuple[int, dict[str, jax.Array]] | None = None
+        self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if jax.process_index() == 0 else []
+        self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)]
+
+    def run(self, state: State) -> State:
+        """Steps to the end; the state whose parameters are handed on."""
+        stage = self.stage
+        step = make_step(stage.loss, stage.tx, stage.schedule, self.config.accumulate)
+        for n in range(self.saved, stage.steps):
+            since = self.clock.now()
+            drawn = stage.source(n, state)
+            self.clock.waited(since)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state.replace(extras=drawn.extras), drawn.batch)
+            self._report()
+            self.late = (n + 1, {**metrics, **drawn.metrics})
+            last = n + 1 == stage.steps
+            quality = self._evaluate(n + 1, state) if last or (n + 1) % self.config.eval_every == 0 else None
+            self._checkpoint(n + 1, state, quality, last)
+        self._report()
+        if self.config.best == "best" and self.best is not None and self.best["step"] != int(state.step):
+            restored = self.checkpoints.restore(_target(stage), self.best["step"])
+            assert restored is not None, "the best checkpoint is always kept"
+            return restored[0]
+        return state
+
+    def _evaluate(self, n: int, state: State) -> float | None:
+        if self.stage.evaluate is None:
+            return None
+        self._report()
+        figures = self.stage.evaluate(state.params)
+        self._emit({"step": n, "eval": figures, "time": {"seconds": round(self.clock.seconds, 3)}})
+        self.clock.skip()
+        quality = self.stage.quality(figures) if self.stage.quality else None
+        if quality is not None and (self.best is None or quality > self.best["quality"]):
+            self.best = {"step": n, "quality": quality}
+        return quality
+
+    def _checkpoint(self, n: int, state: State, quality: float | None, last: bool) -> None:
+        every = self.config.checkpoint.every
+        wanted = self.config.best == "best" and self.best is not None and self.best["step"] == n
+        due = last or wanted or self.stop.asked or n // every > self.saved // every
+        if not due or not (last or self.stage.boundary(n)):
+            return
+        self._report()
+        for writer in self.writers:
+            writer.flush()
+        self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best}, quality)
+        self.saved = n
+        if self.stop.asked and not last:
+            self.checkpoints.wait()
+            raise Preempted(f"{self.stage.name}: stopped after step {n} of {self.stage.steps}; the same command goes on")
+
+    def _report(self) -> None:
+        """Writes the last step's figures, fetched only once the next step is under way."""
+        if self.late is None:
+            return
+        (n, metrics), self.late = self.late, None
+        values = {name: _finite(value.item()) for name, value in jax.device_get(metrics).items()}
+        self._emit({"step": n, **values, "tokens": n * self.stage.tokens_per_step, "time": self.clock.lap()})
+
+    def _emit(self, line: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(line)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN: null stands for a figure that is not finite."""
+    return value if math.isfinite(value) else None
+
+
+def _finish(stage: Stage, folder: Path, state: State, clock: Clock, meta: Mapping[str, Any]) -> dict[str, Any]:
+    params = stage.finish(state.params)
+    done = {
+        "step": int(state.step),
+        "fingerprint": save_params(folder / "params", params, meta),
+        "seconds": round(clock.seconds, 3),
+        "tokens": int(state.step) * stage.tokens_per_step,
+        "params": count(params),
+        "skipped": int(state.skipped),
+        "environment": {
+            "python": platform.python_version(),
+            "jax": jax.__version__,
+            "devices": jax.device_count(),
+            "platform": jax.devices()[0].device_kind,
+            "cpus": os.cpu_count(),
+        },
+    }
+    if jax.process_index() == 0:
+        part = folder / "done.json.part"
+        part.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
+        part.replace(folder / "done.json")
+    return done

@@ -1,0 +1,162 @@
+"""Where a run's figures go: metrics.jsonl always, and one live line on the console.
+
+Reads the clock.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+Values = Mapping[str, Any]
+
+
+class Writer(Protocol):
+    """Anything that takes a run's figures."""
+
+    def write(self, line: Values) -> None:
+        """Takes one line: {"step", ...}, or {"step", "eval": {...}}."""
+
+    def flush(self) -> None:
+        """Makes everything taken so far durable."""
+
+    def close(self) -> None:
+        """Flushes and lets go."""
+
+
+class JsonLines:
+    """Appends to metrics.jsonl. Lines of steps after `after` are from a run that was cut off, and are removed."""
+
+    def __init__(self, path: Path, after: int):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _keep_upto(path, after)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, line: Values) -> None:
+        """Writes one line."""
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        """Writes through to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.flush()
+        self._file.close()
+
+
+def _keep_upto(path: Path, step: int) -> None:
+    """Cuts a metrics file back to a step, atomically; a half-written last line goes as well."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    part = path.with_suffix(".part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
+
+
+SHOWN = {
+    "loss": "loss",
+    "accuracy": "acc",
+    "objective/score": "score",
+    "objective/kl": "kl",
+    "objective/eos_rate": "eos",
+    "policy/clipfrac": "clip",
+    "lr": "lr",
+    "grad_norm": "gnorm",
+}
+"""Figures of the console line, by their key in metrics.jsonl."""
+
+
+class ConsoleLine:
+    """One live line for a stage on a terminal; a plain line every `every` steps elsewhere."""
+
+    def __init__(self, console: Console, name: str, steps: int, start: int, every: int):
+        self.console, self.name, self.steps, self.every = console, name, steps, every
+        self._latest: Values = {}
+        self._live = None
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console,
+            )
+            self._live.start()
+            self._task = self._live.add_task(name, total=steps, completed=start, figures="compiling")
+
+    def write(self, line: Values) -> None:
+        """Shows a line's figures."""
+        if "eval" in line:
+            figures = "  ".join(f"{key} {value:.4g}" for key, value in line["eval"].items())
+            self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
+            return
+        figures = "  ".join(f"{short} {line[key]:.4g}" for key, short in SHOWN.items() if line.get(key) is not None)
+        figures += f"  {line['time']['tokens_per_second']:,.0f} tok/s"
+        if line["time"]["wait"] > 0.02:
+            figures += f"  wait {line['time']['wait']:.0%}"
+        if line["skipped"]:
+            figures += f"  skipped {line['skipped']}"
+        if self._live is not None:
+            self._live.update(self._task, completed=line["step"], figures=figures)
+        elif line["step"] % self.every == 0 or line["step"] == self.steps:
+            self.console.print(f"{self.name} step {line['step']}/{self.steps}  {figures}", highlight=False)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def close(self) -> None:
+        """Ends the live line."""
+        if self._live is not None:
+            self._live.stop()
+
+
+class Clock:
+    """Wall time of a stage over all its starts, and the pace and share of waiting since the last line."""
+
+    def __init__(self, seconds: float, tokens_per_step: int):
+        self._before, self._start, self._tokens = seconds, time.monotonic(), tokens_per_step
+        self._last, self._waited = self._start, 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of the stage so far, earlier starts included."""
+        return self._before + time.monotonic() - self._start
+
+    def waited(self, since: float) -> None:
+        """Counts the time since `since` (of `now`) as waiting for data."""
+        self._waited += time.monotonic() - since
+
+    def now(self) -> float:
+        """A point in time, for `waited`."""
+        return time.monotonic()
+
+    def lap(self) -> dict[str, float]:
+        """The time entry of a metrics line; starts the next lap."""
+        now = time.monotonic()
+        spent = max(now - self._last, 1e-9)
+        entry = {
+            "seconds": round(self.seconds, 3),
+            "tokens_per_second": round(self._tokens / spent, 1),
+            "wait": round(min(self._waited / spent, 1.0), 4),
+        }
+        self._last, self._waited = now, 0.0
+        return entry
+
+    def skip(self) -> None:
+        """Leaves the time since the last lap (an evaluation, say) out of the next one's pace."""
+        self._last, self._waited = time.monotonic(), 0.0

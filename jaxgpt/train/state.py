@@ -1,0 +1,79 @@
+"""The state of a training run, as one tree of arrays: all that a checkpoint must hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from jaxgpt.models.net import Params
+
+
+@struct.dataclass
+class State:
+    """Everything that changes while training."""
+
+    step: jax.Array
+    """Batches used, int32 []."""
+    skipped: jax.Array
+    """Batches whose gradients were not finite and changed nothing, int32 []."""
+    params: Params
+    opt: optax.OptState
+    extras: dict[str, jax.Array]
+    """What a source must remember between steps, such as the KL coefficient."""
+
+
+def initial_state(params: Params, tx: optax.GradientTransformation, extras: dict[str, jax.Array]) -> State:
+    """The state before the first step; traceable, so that eval_shape gives the target of a restore."""
+    zero = jnp.zeros((), jnp.int32)
+    return State(step=zero, skipped=zero, params=params, opt=tx.init(params), extras=extras)
+
+
+def _words(x: jax.Array) -> jax.Array:
+    if x.dtype == jnp.bool_:
+        return x.astype(jnp.uint32)
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
+
+
+def _mix(h: jax.Array, salt: int) -> jax.Array:
+    h = h ^ jnp.uint32(salt)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
+
+
+def _leaf_fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    words, index = _words(x), jnp.zeros((), jnp.uint32)
+    for axis, size in enumerate(x.shape):
+        index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
+            jnp.uint32, x.shape, axis, out_sharding=jax.typeof(words).sharding
+        )
+    sums = [jnp.sum(_mix(words ^ _mix(index, salt), salt), dtype=jnp.uint32) for salt in (0, 0x9E3779B9)]
+    return sums[0], sums[1]
+
+
+@jax.jit
+def _fingerprints(tree: Any) -> Any:
+    return jax.tree.map(_leaf_fingerprint, tree)
+
+
+def fingerprint(tree: Any) -> str:
+    """64 bits, in hex, over every bit and place of a tree's arrays; the same on any mesh.
+
+    Sums of mixed words modulo 2^32 do not depend on the order of adding, hence not on the sharding.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(_fingerprints(tree))):
+        digest.update(jax.tree_util.keystr(path, simple=True, separator="/").encode())
+        digest.update(int(value).to_bytes(4, "little"))
+    return digest.hexdigest()
+
+
+Step = Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]
+"""One update: (state, batch) -> (state, metrics); the state given is used up."""
