@@ -21,11 +21,11 @@ from jaxgpt.config.schema import DataConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 
+Split = Literal["train", "val"]
+
+_SPLITS: tuple[Split, ...] = ("train", "val")
 _VERSION = 1
 _BLOCK = 1 << 20  # characters encoded at a time
-_SPLITS = ("train", "val")
-
-Split = Literal["train", "val"]
 
 
 def write_tokens(
@@ -109,11 +109,6 @@ class Shard:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    @property
-    def documents(self) -> int:
-        """Number of documents."""
-        return len(self.starts)
-
 
 class Rows:
     """Windows of `context` + 1 tokens, one starting where the last one's targets end: every token is a target once.
@@ -130,8 +125,8 @@ class Rows:
         self._length = -(-pairs // context) if partial else pairs // context
         if not self._length:
             raise UserError(
-                f"source {shard.name} has {len(shard)} tokens, too few for one row of {context} + 1; give it more text, "
-                "shorten context, or raise data.val_fraction where it is the held-out part"
+                f"source {shard.name} has {len(shard)} tokens, too few for one row of {context} + 1; give it more text "
+                "or shorten the context; for the held-out part also see data.val_fraction and data.val_split"
             )
 
     def __len__(self) -> int:
@@ -143,13 +138,13 @@ class Rows:
     def gather(self, rows: np.ndarray) -> dict[str, np.ndarray]:
         """The named rows at once, each array [len(rows), context]."""
         rows = np.asarray(rows, np.int64)
-        if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"rows run from 0 to {len(self) - 1}, got {rows.min()} to {rows.max()}")
         first = rows * self.context
         offsets = np.arange(self.context + 1)
         at = first[:, None] + offsets
         end = len(self.shard)
-        whole = not rows.size or at[:, -1].max() < end
+        whole = not rows.size or at.max() < end
         window = self.shard.tokens[at if whole else np.minimum(at, end - 1)].astype(np.int32)
         begins = self._begins(first)
         segments = np.cumsum(begins, axis=1, dtype=np.int32)
@@ -222,8 +217,7 @@ def _blocks(texts: Iterable[str], documents: _Documents) -> Iterator[_Block]:
         while at < len(text):
             end = at + _BLOCK
             if end < len(text):
-                line = text.rfind("\n", at + 1, end)
-                end = line if line > 0 else end
+                end = max(text.rfind("\n", at + 1, end), 0) or end
             yield _Block(text[at:end], at == 0, end >= len(text))
             at = end
 
@@ -245,11 +239,10 @@ def _by_document(stream: np.ndarray, documents: _Documents, fraction: float, fol
     starts = np.array(documents.starts, np.int64)
     hashes = np.array(documents.hashes, np.uint64)
     held = hashes.astype(np.float64) / 2.0**64 < fraction
-    if fraction > 0 and len(held) > 1:
-        if not held.any():
-            held = hashes == hashes.min()  # copies of a document stay on one side
-        if held.all():
-            held[np.argmax(hashes)] = False
+    if fraction > 0 and not held.any():
+        held = hashes == hashes.min()  # copies of a document stay on one side
+    if held.all():
+        held[np.argmax(hashes)] = False
     lengths = np.diff(starts, append=len(stream))
     sizes = np.array(documents.bytes, np.int64)
     splits = {}
@@ -260,8 +253,7 @@ def _by_document(stream: np.ndarray, documents: _Documents, fraction: float, fol
                 if len(run):
                     file.write(stream[starts[run[0]] : starts[run[-1]] + lengths[run[-1]]])
         inside = lengths[chosen]
-        (np.cumsum(inside) - inside).astype("<i8").tofile(folder / f"{split}.starts.bin")
-        splits[split] = _counts(inside.sum(), chosen.sum(), sizes[chosen].sum())
+        splits[split] = _written(folder, split, inside.sum(), np.cumsum(inside) - inside, sizes[chosen].sum())
     return splits
 
 
@@ -277,13 +269,14 @@ def _by_tail(
     for split, part, begin, size in zip(_SPLITS, parts, inside, (sum(documents.bytes) - held, held), strict=True):
         with (folder / f"{split}.bin").open("wb") as file:
             file.write(part)
-        begin.astype("<i8").tofile(folder / f"{split}.starts.bin")
-        splits[split] = _counts(len(part), len(begin), size)
+        splits[split] = _written(folder, split, len(part), begin, size)
     return splits
 
 
-def _counts(tokens: int, documents: int, size: int) -> dict[str, int]:
-    return {"tokens": int(tokens), "documents": int(documents), "bytes": int(size)}
+def _written(folder: Path, split: str, tokens: int, starts: np.ndarray, size: int) -> dict[str, int]:
+    """Writes where documents start; the split's entry in the index."""
+    starts.astype("<i8").tofile(folder / f"{split}.starts.bin")
+    return {"tokens": int(tokens), "documents": len(starts), "bytes": int(size)}
 
 
 def _read_index(folder: Path) -> dict:
