@@ -1,0 +1,192 @@
+"""Reads a run folder into values: what each stage logged, what the evaluation found, and the resolved config."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from jaxgpt.errors import UserError, nearest
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+
+Point = tuple[int, float]  # (step, value)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage's log, in the order of its steps; where a resumed run wrote a step again, the later line counts."""
+
+    name: str
+    train: tuple[Mapping[str, Any], ...]
+    evals: tuple[Mapping[str, Any], ...]
+    done: Mapping[str, Any] | None
+    """What the stage wrote when it was complete; None while it is not."""
+
+    def curve(self, key: str) -> list[Point]:
+        """Finite values of a training metric; "time/x" looks into the line's times."""
+        return _points(self.train, key)
+
+    def eval_curve(self, key: str) -> list[Point]:
+        """Finite values of a validation metric."""
+        return _points(self.evals, f"eval/{key}")
+
+    @property
+    def steps(self) -> int:
+        """Updates made."""
+        return int((self.done or self.train[-1])["step"]) if self.done or self.train else 0
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens trained on."""
+        last = self.done if self.done and "tokens" in self.done else (self.train[-1] if self.train else {})
+        return last.get("tokens")
+
+    @property
+    def seconds(self) -> float | None:
+        """Wall time of the stage."""
+        if self.done and "seconds" in self.done:
+            return float(self.done["seconds"])
+        seconds = self.curve("time/seconds")
+        return seconds[-1][1] if seconds else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Speed of the median step, so that compilation and evaluations do not count."""
+        return median(value for _, value in speeds) if (speeds := self.curve("time/tokens_per_second")) else None
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a report tells of a run."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    stages: Mapping[str, Stage]
+    results: Mapping[str, Any]
+    """What the evaluation wrote; empty before it ran."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return str(self.config.get("name") or self.folder.resolve().name)
+
+    @property
+    def environment(self) -> Mapping[str, Any] | None:
+        """Where the run's latest finished stage ran: python, jax, devices, platform, cpu."""
+        found = [
+            stage.done["environment"] for stage in self.stages.values() if stage.done and "environment" in stage.done
+        ]
+        return found[-1] if found else None
+
+    @property
+    def finished(self) -> str | None:
+        """When the latest finished stage ended, ISO 8601."""
+        found = [
+            str(stage.done["finished"]) for stage in self.stages.values() if stage.done and "finished" in stage.done
+        ]
+        return max(found, default=None)
+
+    @property
+    def params(self) -> int | None:
+        """Parameters of the language model."""
+        found = (self.stages[name].done for name in ("pretrain", "sft", "ppo", "reward") if name in self.stages)
+        return next((done["params"] for done in found if done and "params" in done), None)
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder; stages that left nothing yet are absent. UserError where it is none, or a file is damaged."""
+    if not folder.is_dir():
+        siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+        raise UserError(f"{folder}: no such run folder.{nearest(folder.name, siblings)}")
+    stages = {name: stage for name in STAGES if (stage := _read_stage(folder / name))}
+    if not stages:
+        raise UserError(
+            f"{folder}: no stage has written anything here; expected {', '.join(f'{name}/' for name in STAGES)} with "
+            "metrics.jsonl. Give the folder of a run (runs/<name>), and run at least one stage first."
+        )
+    return Run(
+        folder=folder,
+        config=_read_config(folder / "config.yaml"),
+        stages=stages,
+        results=_read_object(folder / "evaluate" / "results.json") or {},
+    )
+
+
+def _read_stage(folder: Path) -> Stage | None:
+    done = _read_object(folder / "done.json")
+    metrics = folder / "metrics.jsonl"
+    train: dict[int, Mapping[str, Any]] = {}
+    evals: dict[int, Mapping[str, Any]] = {}
+    if metrics.is_file():
+        for line in _read_lines(metrics):
+            (evals if "eval" in line else train)[line["step"]] = line
+    if done is None and not train and not evals:
+        return None
+    return Stage(folder.name, _ordered(train), _ordered(evals), done)
+
+
+def _ordered(lines: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    return tuple(lines[step] for step in sorted(lines))
+
+
+def _read_lines(path: Path) -> list[Mapping[str, Any]]:
+    """The lines of metrics.jsonl; a last line that is still being written (no line break yet) is left out."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    complete, _, _ = text.rpartition("\n")
+    lines = []
+    for number, line in enumerate(complete.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise _damaged(path, number, f"not JSON ({error.msg} at column {error.colno})") from None
+        if not isinstance(value, dict) or not isinstance(value.get("step"), int):
+            raise _damaged(path, number, f'expected an object with a whole number "step", found {line[:60]}')
+        lines.append(value)
+    return lines
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise _damaged(path, error.lineno, f"not JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path, 1, f"expected an object, found {type(value).__name__}")
+    return value
+
+
+def _read_config(path: Path) -> Mapping[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise _damaged(path, line, f"not YAML ({error.problem})") from None
+
+
+def _damaged(path: Path, line: int, found: str) -> UserError:
+    return UserError(f"{path}:{line}: {found}. The file is damaged: mend or delete the line, or run the stage again.")
+
+
+def _points(lines: tuple[Mapping[str, Any], ...], key: str) -> list[Point]:
+    first, _, rest = key.partition("/")
+    points = []
+    for line in lines:
+        value = line.get(key)
+        if value is None and isinstance(line.get(first), dict):
+            value = line[first].get(rest)
+        if isinstance(value, int | float) and math.isfinite(value):
+            points.append((line["step"], float(value)))
+    return points

@@ -1,0 +1,308 @@
+"""Builds report.html, one page that needs nothing beside it, and writes it next to report.json."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from jaxgpt.report import numbers
+from jaxgpt.report.charts import Line, line_chart, smooth
+from jaxgpt.report.collect import Run, Stage, read_run
+from jaxgpt.report.figures import TITLES, key_result, report_figures
+
+SAMPLE_TITLES = {
+    "base": "Base, plain continuation",
+    "base_few_shot": "Base, few-shot",
+    "sft": "SFT",
+    "ppo": "RL",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Which metric a chart shows; `key` of training lines and of evaluations, `beside` a second training metric."""
+
+    title: str
+    unit: str
+    key: str
+    smoothed: bool = True
+    log: bool = False
+    floor: float | None = None
+    ceiling: float | None = None
+    span: int = 1
+    eval_key: str | None = None
+    beside: tuple[str, str, str] | None = None
+    """Key, its label, and the label of the first metric."""
+
+
+LEARNING_RATE = Chart("Learning rate", "", "lr", smoothed=False, floor=0.0)
+GRADIENT = Chart("Gradient norm", "before clipping", "grad_norm", floor=0.0)
+SPEED = Chart("Speed", "tokens/s", "time/tokens_per_second", floor=0.0)
+LANGUAGE = (
+    Chart("Loss", "nats per token", "nll", log=True, span=3, eval_key="nll"),
+    LEARNING_RATE,
+    GRADIENT,
+    SPEED,
+)
+CHARTS: Mapping[str, Sequence[Chart]] = {
+    "pretrain": LANGUAGE,
+    "sft": LANGUAGE,
+    "reward": (
+        Chart("Accuracy", "share of pairs", "accuracy", ceiling=1.0, span=2, eval_key="accuracy"),
+        Chart("Loss", "nats per pair", "loss", eval_key="loss"),
+        Chart("Margin", "score of better minus worse", "margin"),
+        LEARNING_RATE,
+        GRADIENT,
+    ),
+    "ppo": (
+        Chart(
+            "Score",
+            "of the reward model",
+            "objective/score",
+            span=2,
+            beside=("objective/rlhf_reward", "score minus KL penalty", "score"),
+        ),
+        Chart("KL from the SFT model", "nats per response", "objective/kl", floor=0.0),
+        Chart("Length", "tokens per response", "objective/length", floor=0.0),
+        Chart("Ended by itself", "share of responses", "objective/eos_rate", floor=0.0, ceiling=1.0),
+        Chart("Clipped", "share of tokens", "policy/clipfrac", floor=0.0),
+        Chart("Value function", "explained variance", "value/explained_variance", ceiling=1.0),
+        LEARNING_RATE,
+        SPEED,
+    ),
+}
+
+
+def write_report(run: Path) -> Path:
+    """Writes report.json and report.html into the run folder, each whole or not at all; returns the page's path.
+
+    Raises UserError where the folder is no run or one of its files is damaged.
+    """
+    found = read_run(run)
+    figures = report_figures(found)
+    _write(run / "report.json", json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    page = run / "report.html"
+    _write(page, render_page(found, figures))
+    return page
+
+
+def render_page(run: Run, figures: Mapping[str, Any]) -> str:
+    """The page as text. Every word from the run passes through Jinja's escaping."""
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters |= {
+        name: getattr(numbers, name) for name in ("count", "decimal", "signed", "percent", "points", "duration")
+    }
+    template = environment.from_string(files("jaxgpt.report").joinpath("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        name=run.name,
+        finished=_date(run.finished),
+        machine=_machine(run.environment),
+        size=_size(run),
+        figures=figures,
+        highlights=_highlights(figures),
+        sample_titles=SAMPLE_TITLES,
+        samples=[sample for sample in run.results.get("samples", []) if any(sample.get(key) for key in SAMPLE_TITLES)],
+        prompts=run.results.get("prompts"),
+        tax=[table for table in _tax_tables(figures) if table["rows"]],
+        stages=[_stage_view(figures, stage) for stage in run.stages.values()],
+        margins=_margins(figures.get("reward", {}).get("by_margin") or []),
+        reward_kinds=figures.get("reward", {}).get("by_kind") or {},
+        environment=run.environment or {},
+        config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file so that no reader ever sees half of it."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _date(stamp: str | None) -> str:
+    if stamp is None:
+        return ""
+    try:
+        moment = datetime.fromisoformat(stamp)
+    except ValueError:
+        return stamp
+    return f"{moment.day} {moment:%B %Y, %H:%M}{f' {zone}' if (zone := moment.tzname()) else ''}"
+
+
+def _machine(environment: Mapping[str, Any] | None) -> str:
+    """Devices and processor in a few words."""
+    if not environment:
+        return ""
+    devices, platform = environment.get("devices"), environment.get("platform")
+    number = len(devices) if isinstance(devices, list) else devices
+    what = (
+        f"{number} {platform} device{'s' if number != 1 else ''}"
+        if number and platform
+        else str(platform or number or "")
+    )
+    return ", ".join(str(part) for part in (what, environment.get("cpu")) if part)
+
+
+def _size(run: Run) -> str:
+    model = run.config.get("model") or {}
+    parts = [f"{numbers.count(run.params)} parameters"] if run.params else []
+    if "layers" in model and "width" in model:
+        parts.append(f"{model['layers']} layers of width {numbers.count(model['width'])}")
+    if model.get("vocab"):
+        parts.append(f"vocabulary {numbers.count(model['vocab'])}")
+    if "context" in model:
+        parts.append(f"context {numbers.count(model['context'])} tokens")
+    return ", ".join(parts)
+
+
+def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The strip of key figures: a number, what it is, and what it is to be compared with."""
+    sections = {name: figures.get(name, {}) for name in ("pretrain", "sft", "reward", "ppo", "base")}
+    tiles = []
+
+    def add(stage: str, value: str, label: str, note: str = "") -> None:
+        tiles.append({"stage": stage, "value": value, "label": label, "note": note})
+
+    if (nll := sections["pretrain"].get("val_nll")) is not None:
+        add(
+            "Pretraining",
+            numbers.decimal(nll, 3),
+            "validation loss, nats per token",
+            f"perplexity {math.exp(min(nll, 50)):.3g}",
+        )
+    base = sections["base"].get("chat_exact", {})
+    for kind, value in list(sections["sft"].get("heldout_exact", {}).items())[:2]:
+        note = f"base model in chat form: {numbers.percent(base[kind])}" if kind in base else ""
+        add("SFT", numbers.percent(value), f"exact on held-out {kind}", note)
+    if "sft" in figures and "heldout_exact" not in sections["sft"] and "val_nll" in sections["sft"]:
+        add("SFT", numbers.decimal(sections["sft"]["val_nll"], 3), "validation loss, nats per token")
+    if (accuracy := sections["reward"].get("heldout_accuracy")) is not None:
+        add("Reward model", numbers.percent(accuracy, 1), "of held-out pairs put right", "by chance: 50\u202f%")
+    ppo = sections["ppo"]
+    if ppo.get("gold_after") is not None and ppo.get("gold_before") is not None:
+        change = numbers.signed(ppo["gold_after"] - ppo["gold_before"])
+        add(
+            "RL",
+            numbers.decimal(ppo["gold_after"]),
+            "gold score",
+            f"{change} against SFT at {numbers.decimal(ppo['gold_before'])}",
+        )
+    if (rate := ppo.get("win_rate_vs_sft")) is not None:
+        kl = f"at a KL of {numbers.decimal(ppo['kl'])} nats" if ppo.get("kl") is not None else ""
+        add("RL", numbers.percent(rate), "of prompts won against SFT", kl)
+    return tiles
+
+
+def _tax_tables(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """SFT against RL by kind, once for the gold score and once for exact answers: where RL gains and what it costs."""
+    ppo, base = figures.get("ppo", {}), figures.get("base", {})
+    gold = _versus(ppo.get("gold_by_kind_before"), ppo.get("gold_by_kind_after"), {})
+    if gold and ppo.get("gold_before") is not None and ppo.get("gold_after") is not None:
+        whole = {"kind": "all", "before": ppo["gold_before"], "after": ppo["gold_after"], "others": [], "all": True}
+        gold.append(whole)
+    others = {"base chat": base.get("chat_exact"), "base few\u2011shot": base.get("few_shot_exact")}
+    others = {title: values for title, values in others.items() if values}
+    exact = _versus(figures.get("sft", {}).get("heldout_exact"), ppo.get("heldout_exact"), others)
+    scores = [row[side] for row in gold for side in ("before", "after")]
+    return [
+        _table("Gold score", gold, min([0.0, *scores]), max([1.0, *scores]), share=False, columns=()),
+        _table("Exact answers", exact, 0.0, 1.0, share=True, columns=tuple(others)),
+    ]
+
+
+def _versus(
+    before: Mapping[str, float] | None, after: Mapping[str, float] | None, others: Mapping[str, Mapping[str, float]]
+) -> list[dict[str, Any]]:
+    """A row for each kind that both have."""
+    before, after = before or {}, after or {}
+    return [
+        {
+            "kind": kind,
+            "before": before[kind],
+            "after": after[kind],
+            "others": [values.get(kind) for values in others.values()],
+            "all": False,
+        }
+        for kind in before
+        if before[kind] is not None and after.get(kind) is not None
+    ]
+
+
+def _table(
+    title: str, rows: list[dict[str, Any]], low: float, high: float, *, share: bool, columns: Sequence[str]
+) -> dict[str, Any]:
+    """A table of `_versus` rows with the places (percent of low..high) of its dots."""
+
+    def place(value: float) -> float:
+        return round(100 * (value - low) / (high - low), 2)
+
+    placed = [row | {"x": [place(row["before"]), place(row["after"])]} for row in rows]
+    return {"title": title, "rows": placed, "zero": place(0.0), "share": share, "columns": columns}
+
+
+def _margins(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Bars of accuracy by the distance of the gold scores; empty bins are left out."""
+    rows = []
+    for item in bins:
+        if not item.get("pairs") or item.get("accuracy") is None:
+            continue
+        low, high = item.get("low"), item.get("high")
+        label = (
+            f"{numbers.decimal(low, 1)} to {numbers.decimal(high, 1)}"
+            if high is not None
+            else f"over {numbers.decimal(low, 1)}"
+        )
+        rows.append({"label": label, "pairs": item["pairs"], "accuracy": item["accuracy"]})
+    return rows
+
+
+def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
+    waits = [value for _, value in stage.curve("time/wait")]
+    skipped = sum(value for _, value in stage.curve("skipped"))
+    facts = [
+        ("Updates", numbers.count(stage.steps)),
+        ("Tokens", numbers.count(stage.tokens)),
+        ("Time", numbers.duration(stage.seconds)),
+        ("Tokens/s", numbers.count(stage.tokens_per_second)),
+    ]
+    if waits:
+        facts.append(("Waiting for data", numbers.percent(sum(waits) / len(waits), 1)))
+    if skipped:
+        facts.append(("Updates skipped", numbers.count(skipped)))
+    charts = [drawn for chart in CHARTS[stage.name] if (drawn := _draw(stage, chart))]
+    return {
+        "id": stage.name,
+        "title": TITLES[stage.name],
+        "result": key_result(figures, stage.name),
+        "finished": stage.done is not None,
+        "facts": facts,
+        "charts": charts,
+    }
+
+
+def _draw(stage: Stage, chart: Chart) -> Markup:
+    raw = stage.curve(chart.key) or (stage.curve("loss") if chart.key == "nll" else [])
+    validation = stage.eval_curve(chart.eval_key) if chart.eval_key else []
+    label = chart.beside[2] if chart.beside else "training, smoothed" if validation else ""
+    if chart.smoothed and len(raw) > 8:
+        lines = [Line("each update" if label else "", raw, "raw"), Line(label, smooth(raw), "main")]
+    else:
+        lines = [Line(label, raw, "main")]
+    if chart.beside:
+        lines.append(Line(chart.beside[1], smooth(stage.curve(chart.beside[0])), "second"))
+    lines.append(Line("validation", validation, "dots"))
+    return line_chart(
+        chart.title, chart.unit, lines, log=chart.log, floor=chart.floor, ceiling=chart.ceiling, span=chart.span
+    )
