@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -79,7 +80,7 @@ class Run:
 
     @property
     def environment(self) -> Mapping[str, Any] | None:
-        """Where the run's latest finished stage ran: python, jax, devices, platform, cpu."""
+        """Where the run's latest finished stage ran: python, jax, devices, platform and so on."""
         found = [
             stage.done["environment"] for stage in self.stages.values() if stage.done and "environment" in stage.done
         ]
@@ -87,11 +88,11 @@ class Run:
 
     @property
     def finished(self) -> str | None:
-        """When the latest finished stage ended, ISO 8601."""
+        """When the latest finished stage ended, ISO 8601 (the time of its done.json where that does not say)."""
         found = [
             str(stage.done["finished"]) for stage in self.stages.values() if stage.done and "finished" in stage.done
         ]
-        return max(found, default=None)
+        return found[-1] if found else None
 
     @property
     def params(self) -> int | None:
@@ -121,6 +122,9 @@ def read_run(folder: Path) -> Run:
 
 def _read_stage(folder: Path) -> Stage | None:
     done = _read_object(folder / "done.json")
+    if done is not None and "finished" not in done:
+        written = datetime.fromtimestamp((folder / "done.json").stat().st_mtime).astimezone()
+        done |= {"finished": written.isoformat(timespec="minutes")}
     metrics = folder / "metrics.jsonl"
     train: dict[int, Mapping[str, Any]] = {}
     evals: dict[int, Mapping[str, Any]] = {}

@@ -152,7 +152,8 @@ def _machine(environment: Mapping[str, Any] | None) -> str:
         if number and platform
         else str(platform or number or "")
     )
-    return ", ".join(str(part) for part in (what, environment.get("cpu")) if part)
+    cores = f"{environment['cpus']} processor cores" if environment.get("cpus") else None
+    return ", ".join(str(part) for part in (what, environment.get("cpu"), cores) if part)
 
 
 def _size(run: Run) -> str:
@@ -270,7 +271,7 @@ def _margins(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     waits = [value for _, value in stage.curve("time/wait")]
-    skipped = sum(value for _, value in stage.curve("skipped"))
+    skipped = [value for _, value in stage.curve("skipped")]
     facts = [
         ("Updates", numbers.count(stage.steps)),
         ("Tokens", numbers.count(stage.tokens)),
@@ -279,8 +280,8 @@ def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     ]
     if waits:
         facts.append(("Waiting for data", numbers.percent(sum(waits) / len(waits), 1)))
-    if skipped:
-        facts.append(("Updates skipped", numbers.count(skipped)))
+    if skipped and skipped[-1]:
+        facts.append(("Updates skipped", numbers.count(skipped[-1])))
     charts = [drawn for chart in CHARTS[stage.name] if (drawn := _draw(stage, chart))]
     return {
         "id": stage.name,

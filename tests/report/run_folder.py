@@ -15,7 +15,7 @@ ENVIRONMENT = {
     "jax": "0.10.2",
     "devices": 2,
     "platform": "cpu",
-    "cpu": "AMD EPYC 7B13",
+    "cpus": 2,
 }
 CONFIG = {
     "name": "meadow",

@@ -172,6 +172,20 @@ def test_of_a_step_written_twice_the_later_line_counts(tmp_path):
     assert json.loads((folder / "report.json").read_text())["pretrain"]["val_nll"] == 0.125
 
 
+def test_the_head_tells_size_machine_and_date(page):
+    head = page[page.index("<header>") : page.index("<nav")]
+    assert "868\u202fk parameters, 4 layers of width 128, vocabulary 512, context 128 tokens" in head
+    assert "2 cpu devices, 2 processor cores" in head
+    assert "4 January 2026, 12:30 UTC" in head
+
+
+def test_skipped_updates_are_told_once(tmp_path):
+    folder = write_run(tmp_path / "run", ("pretrain",), results=False)
+    lines = [line | {"skipped": int(line["step"] > 90) + int(line["step"] > 200)} for line in metric_lines("pretrain")]
+    (folder / "pretrain" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "<dt>Updates skipped</dt><dd>2</dd>" in write_report(folder).read_text()
+
+
 def test_numbers_that_are_not_finite_leave_valid_json_and_a_page(tmp_path):
     folder = write_run(tmp_path / "run", ("pretrain", "sft", "ppo"))
     with (folder / "pretrain" / "metrics.jsonl").open("a") as file:
