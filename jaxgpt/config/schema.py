@@ -11,8 +11,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
+def _number(value: Any) -> Any:
+    """true and false are no numbers, though Python counts with them."""
+    if isinstance(value, bool):
+        raise ValueError("expected a number")
+    return value
+
+
 def _whole(value: Any) -> Any:
-    """YAML reads 1e3 as text or float; where a whole number is meant, it is one."""
+    """YAML reads 1e3 as a float; where a whole number is meant, it is one. true is not."""
+    value = _number(value)
     if isinstance(value, str):
         try:
             value = float(value)
@@ -23,17 +31,21 @@ def _whole(value: Any) -> Any:
     return value
 
 
-Count = Annotated[int, BeforeValidator(_whole), Field(ge=1)]
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
+# Bounds stand before the validator, which then runs first and leaves them in the JSON schema.
+Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Whole = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Number = Annotated[float, BeforeValidator(_number)]
+Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
+Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
 
 
 class Section(BaseModel):
     """A group of settings; unknown keys are errors and values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class MeshConfig(Section):
@@ -117,7 +129,7 @@ class MlpConfig(Section):
     """The feed-forward sub-layer."""
 
     type: Literal["gelu", "gelu_tanh", "relu", "swiglu", "geglu"] = "swiglu"
-    """gelu is exact, gelu_tanh its approximation (GPT-2); swiglu and geglu gate with a third matrix (arXiv 2002.05202)."""
+    """gelu is exact, gelu_tanh its approximation (GPT-2); swiglu and geglu have a gate (arXiv 2002.05202)."""
     width: Count | None = None
     """Hidden width; unset means 4 model widths, or 8/3 rounded up to a multiple of 64 where gated."""
     bias: bool = False
@@ -192,7 +204,9 @@ class ModelConfig(Section):
     def _fits(self) -> ModelConfig:
         a = self.attention
         if a.head_dim is None and self.width % a.heads:
-            raise ValueError(f"width {self.width} is not a multiple of attention.heads {a.heads}; set attention.head_dim")
+            raise ValueError(
+                f"width {self.width} is not a multiple of attention.heads {a.heads}; set attention.head_dim"
+            )
         if a.kv_heads is not None and a.heads % a.kv_heads:
             raise ValueError(f"attention.heads {a.heads} is not a multiple of attention.kv_heads {a.kv_heads}")
         return self
@@ -396,7 +410,7 @@ class SftConfig(SupervisedConfig):
 
     data: Conversations | None = None
     """Conversations to learn."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)] = 0.0
     """Residual dropout (InstructGPT used 0.2)."""
 
 
@@ -414,7 +428,7 @@ class RewardConfig(SupervisedConfig):
 
     data: Rankings | None = None
     """Rankings to learn."""
-    responses: Annotated[int, Field(ge=2, le=64)] = 9
+    responses: Annotated[int, Field(ge=2, le=64), BeforeValidator(_whole)] = 9
     """Most responses in one ranking."""
     normalize: bool = True
     """Shift and scale the head afterwards so that training responses score mean 0 and deviation 1."""
@@ -475,7 +489,7 @@ class PpoConfig(StageConfig):
     """GAE lambda."""
     kl: KlConfig = KlConfig()
     """KL penalty."""
-    missing_eos: float | None = -1.0
+    missing_eos: Number | None = -1.0
     """Score of a response that never ends, in place of the reward model's; null keeps the model's."""
     whiten_rewards: bool = False
     """Scale rewards to deviation 1 over the rollout, keeping their mean."""

@@ -1,0 +1,5 @@
+"""`python -m jaxgpt`."""
+
+from jaxgpt.cli import main
+
+raise SystemExit(main())

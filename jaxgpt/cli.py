@@ -1,0 +1,214 @@
+"""The command line, and the one place that reads it: words to a checked config, then the verb.
+
+What a verb does is imported after its config is right, so that a mistake is answered before jax is even loaded.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxgpt.config.describe import describe, explain, json_schema
+from jaxgpt.config.load import Loaded, load
+from jaxgpt.config.options import SamplingOptions, describe_options, parse_options
+from jaxgpt.config.schema import Config
+from jaxgpt.errors import UserError, nearest
+
+ALWAYS = ("name", "runs", "seed")
+STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
+ALL = tuple(Config.model_fields)
+CONFIG_USAGE = "FILE.yaml [group=name] [key.path=value ...]"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb: what it takes, what it does, and the settings it reads."""
+
+    usage: str
+    doc: str
+    call: Callable[[str, list[str]], int]
+    reads: tuple[str, ...] = ()
+    needs: str | None = None
+    """The section it cannot do without."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line and returns its exit code: 2 for a mistake of the user, 130 where interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _dispatch(words)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"jaxgpt: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    first, rest = (words[0], words[1:]) if words else ("--help", [])
+    if first in ("-h", "--help", "help"):
+        if first == "help" and rest:
+            return _dispatch([rest[0], "--help"])
+        _show(_overview())
+        return 0
+    if first == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxgpt {version('jaxgpt')}")
+        return 0
+    verb = VERBS.get(first)
+    if verb is None and Path(first).suffix in (".yaml", ".yml"):
+        raise UserError(f"'{first}': a file, expected a verb before it: jaxgpt run {' '.join(words)}")
+    if verb is None:
+        raise UserError(f"'{first}': no such verb.{nearest(first, VERBS)} Verbs: {', '.join(VERBS)}")
+    if any(word in ("-h", "--help") for word in rest[: rest.index("--") if "--" in rest else None]):
+        _show(_verb_help(first, verb))
+        return 0
+    return verb.call(first, rest)
+
+
+def _pipeline(name: str, words: list[str]) -> int:
+    """A verb that works from a config file."""
+    config = _load(name, words).config
+    needs = VERBS[name].needs
+    if needs is not None and getattr(config, needs) is None:
+        raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {needs}={{}} for its defaults")
+    from jaxgpt.pipeline import run_verb
+
+    return run_verb(name, config)
+
+
+def _report(name: str, words: list[str]) -> int:
+    """The report of a run folder, or of the run a file describes."""
+    if not words or "=" in words[0] or Path(words[0]).suffix in (".yaml", ".yml"):
+        return _pipeline(name, words)
+    run = _folder(words[0])
+    if len(words) > 1:
+        raise UserError(f"'{words[1]}': a run folder takes no settings; its own are in {run / 'config.yaml'}")
+    from jaxgpt.report import write_report
+
+    print(write_report(run))
+    return 0
+
+
+def _config(name: str, words: list[str]) -> int:
+    """The resolved config with the source of every value, or the schema."""
+    if "--schema" in words:
+        import json
+
+        print(json.dumps(json_schema(), indent=2))
+        return 0
+    print(explain(_load(name, words)), end="")
+    return 0
+
+
+def _sample(name: str, words: list[str]) -> int:
+    """Completes one text."""
+    run, texts, options = _run_and_options(name, words)
+    if len(texts) != 1:
+        raise UserError(f"sample: found {len(texts)} texts, expected one: jaxgpt sample {run} 'Once upon a time'")
+    from jaxgpt.terminal import sample
+
+    return sample(run, texts[0], options)
+
+
+def _chat(name: str, words: list[str]) -> int:
+    """Talks to a run."""
+    run, texts, options = _run_and_options(name, words)
+    if texts:
+        raise UserError(f"'{texts[0]}': chat takes a run folder alone; for one text there is jaxgpt sample")
+    from jaxgpt.terminal import chat
+
+    return chat(run, options)
+
+
+def _load(name: str, words: list[str]) -> Loaded:
+    if not words or ("=" in words[0] and not Path(words[0]).exists()):
+        found = f"'{words[0]}' where the file belongs" if words else "no file"
+        known = ", ".join(str(path) for path in sorted(Path("configs").glob("*.yaml")))
+        raise UserError(f"{name}: found {found}; usage: jaxgpt {name} {CONFIG_USAGE}{known and f'. Files: {known}'}")
+    if words[0].startswith("-"):
+        raise UserError(f"{words[0]}: no such option of {name}; usage: jaxgpt {name} {VERBS[name].usage}")
+    return load(Path(words[0]), words[1:])
+
+
+def _run_and_options(name: str, words: list[str]) -> tuple[Path, list[str], SamplingOptions]:
+    plain, options = parse_options(words)
+    if not plain:
+        raise UserError(f"{name}: no run folder; usage: jaxgpt {name} {VERBS[name].usage}")
+    return _folder(plain[0]), plain[1:], options
+
+
+def _folder(word: str) -> Path:
+    """Looks for the folder of a run. Raises UserError with the nearest one."""
+    path = Path(word)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{word}: a file, expected the folder of a run, such as runs/meadow")
+    places = {str(found): found for place in (path.parent, Path("runs")) for found in place.glob("*/")}
+    guess = nearest(word, places) or nearest(str(Path("runs") / word), places)
+    raise UserError(f"{word}: no such folder.{guess or ' Expected the folder of a run, such as runs/meadow'}")
+
+
+def _overview() -> list[str]:
+    return [
+        "jaxgpt trains a ChatGPT-like assistant from raw text: pretraining, fine-tuning, a reward model, PPO.",
+        "",
+        "jaxgpt VERB FILE.yaml [group=name] [key.path=value ...]",
+        "",
+        *[f"  {name:<10} {verb.doc}" for name, verb in VERBS.items()],
+        "",
+        "jaxgpt VERB --help lists every setting that the verb reads. jaxgpt --version",
+    ]
+
+
+def _verb_help(name: str, verb: Verb) -> list[str]:
+    head = [f"jaxgpt {name} {verb.usage}", "", f"    {verb.doc}"]
+    if not verb.reads:
+        return [*head, "", "Options", *describe_options()]
+    return [
+        *head,
+        "    key.path=value changes one setting of the file, in YAML: sft.steps=1e3, mesh.data=auto, sft=null.",
+        "    group=name takes a whole section from a file: model=llama-7b reads configs/model/llama-7b.yaml.",
+        "",
+        "Settings, as path = default (type)",
+        *describe(verb.reads),
+    ]
+
+
+def _show(lines: list[str]) -> None:
+    """Prints help: headings bold and meanings dim on a terminal, plain elsewhere."""
+    if not sys.stdout.isatty():
+        print("\n".join(lines))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = {0: "bold", 6: "dim"}
+    for line in lines:
+        Console().print(Text(line, style=styles.get(len(line) - len(line.lstrip()), "")), soft_wrap=True)
+
+
+VERBS = {
+    "run": Verb(CONFIG_USAGE, "All that the file describes, data to report; goes on where it was.", _pipeline, ALL),
+    "prepare": Verb(CONFIG_USAGE, "Make the run's data files.", _pipeline, (*ALWAYS, "prepare"), "prepare"),
+    "tokenizer": Verb(CONFIG_USAGE, "Train the tokenizer.", _pipeline, (*ALWAYS, "data", "tokenizer")),
+    "pretrain": Verb(CONFIG_USAGE, "Stage 1: predict text.", _pipeline, (*STAGE, "data", "pretrain"), "pretrain"),
+    "sft": Verb(CONFIG_USAGE, "Stage 2: learn from conversations.", _pipeline, (*STAGE, "sft"), "sft"),
+    "reward": Verb(CONFIG_USAGE, "Stage 3: a reward model from rankings.", _pipeline, (*STAGE, "reward"), "reward"),
+    "ppo": Verb(CONFIG_USAGE, "Stage 4: PPO against the reward model.", _pipeline, (*STAGE, "ppo"), "ppo"),
+    "eval": Verb(CONFIG_USAGE, "Measure the finished models.", _pipeline, (*STAGE, "evaluate"), "evaluate"),
+    "report": Verb(f"RUN_FOLDER | {CONFIG_USAGE}", "One HTML page about a run.", _report, ALWAYS),
+    "sample": Verb('RUN_FOLDER "TEXT" [options]', "Complete a text.", _sample),
+    "chat": Verb("RUN_FOLDER [options]", "Talk to a model in the terminal.", _chat),
+    "config": Verb(f"{CONFIG_USAGE} | --schema", "Print the settings and where each was set.", _config, ALL),
+}
