@@ -325,7 +325,7 @@ class OptimizerConfig(Section):
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Decay from the peak to final over the stage."""
     warmup: Share = 0.05
-    """Share of the stage over which the rate rises from 0."""
+    """Share of the stage over which the rate rises to the peak."""
     final: Share = 0.1
     """Rate at the end, as a share of the peak."""
     b1: Share = 0.9
@@ -518,6 +518,8 @@ class EvaluateConfig(Section):
 
     data: Prompts | None = None
     """Held-out prompts: {"prompt", "answer", "kind", ...}; answer is compared exactly, by kind."""
+    exact: Prompts | None = None
+    """Other prompts for exact match; unset means those of data."""
     scorer: str | None = None
     """module:function(record, response) -> float, the gold score of a response."""
     temperature: NonNegative = 1.0

@@ -1,6 +1,6 @@
 """Blocks and the backbone that language, reward and value models share.
 
-Letters: B batch, T time, S cache slots, D model width, H heads, G key/value heads, K head width, V vocabulary, N layers.
+Letters: B batch, T time, S cache slots, D model width, G key/value heads, K head width, V vocabulary, N layers.
 """
 
 from __future__ import annotations
@@ -140,24 +140,21 @@ class Backbone(nnx.Module):
     def _run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         c, period = self.c, len(self.c.attention.windows)
 
-        def group(x_BTD: jax.Array, blocks: list[Block], first: jax.Array) -> jax.Array:
-            for i, block in enumerate(blocks):
-                with jax.named_scope("block"):
-                    x_BTD = block(x_BTD, place, first + i, self.window(i))
-            return x_BTD
+        def layer(x_BTD: jax.Array, block: Block, number: jax.Array, window: int | None) -> jax.Array:
+            with jax.named_scope("block"):
+                return _remat(lambda x, b, n: b(x, place, n, window), c.remat)(x_BTD, block, number)
 
-        group = _remat(group, c.remat)
         if not c.scan_layers or c.layers % period:
             for i, block in enumerate(unstack(self.blocks, c.layers)):
-                one = _remat(lambda x, b, n, w=self.window(i): b(x, place, n, w), c.remat)
-                x_BTD = one(x_BTD, block, jnp.int32(i))
+                x_BTD = layer(x_BTD, block, jnp.int32(i), self.window(i))
             return x_BTD
         groups = jax.tree.map(lambda w: w.reshape(c.layers // period, period, *w.shape[1:]), self.blocks)
         firsts = jnp.arange(0, c.layers, period, dtype=jnp.int32)
 
         def body(x_BTD: jax.Array, stacked: tuple[Block, jax.Array]) -> tuple[jax.Array, None]:
-            blocks, first = stacked
-            return group(x_BTD, unstack(blocks, period), first), None
+            for i, block in enumerate(unstack(stacked[0], period)):
+                x_BTD = layer(x_BTD, block, stacked[1] + i, self.window(i))
+            return x_BTD, None
 
         return jax.lax.scan(body, x_BTD, (groups, firsts))[0]
 

@@ -49,7 +49,9 @@ class Checkpoints:
     """The checkpoints of one stage: saved asynchronously, the latest `keep` and the best of them kept."""
 
     def __init__(self, folder: Path, keep: int):
-        best = _POLICIES.BestN(get_metric_fn=lambda metrics: metrics["quality"], n=1, keep_checkpoints_without_metrics=False)
+        best = _POLICIES.BestN(
+            get_metric_fn=lambda metrics: metrics["quality"], n=1, keep_checkpoints_without_metrics=False
+        )
         self._folder = folder.absolute()
         self._keep = _POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best])
         self._pending: Any = None
@@ -139,13 +141,15 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 def check_same(saved: Any, wanted: Any, where: str) -> None:
     """Raises UserError where names or shapes differ: what is saved there is of another architecture."""
     have, need = _shapes(saved), _shapes(wanted)
-    problems = [f"{name} is {have[name]} there, {need[name]} here" for name in need if have.get(name, need[name]) != need[name]]
+    problems = [
+        f"{name} is {have[name]} there, {need[name]} here" for name in need if have.get(name, need[name]) != need[name]
+    ]
     problems += [f"{name} is not there" for name in need.keys() - have.keys()]
     problems += [f"{name} is there and has no place here" for name in have.keys() - need.keys()]
     if problems:
         shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(
-            f"{where} is of another architecture: {shown}. Use the model section it was trained with, or another run name."
+            f"{where} is of another architecture: {shown}. Use the model section it was trained with, or another name."
         )
 
 

@@ -194,7 +194,9 @@ class _Session:
         self.saved = n
         if self.stop.asked and not last:
             self.checkpoints.wait()
-            raise Preempted(f"{self.stage.name}: stopped after step {n} of {self.stage.steps}; the same command goes on")
+            raise Preempted(
+                f"{self.stage.name}: stopped after step {n} of {self.stage.steps}; the same command goes on"
+            )
 
     def _report(self) -> None:
         """Writes the last step's figures, fetched only once the next step is under way."""

@@ -93,8 +93,12 @@ class ConsoleLine:
         self._live = None
         if console.is_terminal:
             self._live = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(24), TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[figures]}"), TimeRemainingColumn(), console=console,
+                TextColumn("[bold]{task.description}"),
+                BarColumn(24),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=console,
             )
             self._live.start()
             self._task = self._live.add_task(name, total=steps, completed=start, figures="compiling")

@@ -24,9 +24,7 @@ def _parts(x: jax.Array, count: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(rows, count, *x.shape[1:], out_sharding=batch_spec(x.ndim + 1)), 1, 0)
 
 
-def make_step(
-    loss: Loss, tx: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1
-) -> Step:
+def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Schedule, accumulate: int = 1) -> Step:
     """The jitted, state-donating update.
 
     The sum of the loss is differentiated, sums and weights are added over `accumulate` parts of the batch, and divided

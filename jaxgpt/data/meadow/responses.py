@@ -92,11 +92,11 @@ def _hard_negative(rng: Random, task: Task) -> str:
 def _bad_answer(rng: Random, task: Task) -> str:
     """A response that is wrong, off the topic, rambling, rude or cut off."""
     words = (task.answer or "").split()
-    flaw = rng.choice(("wrong", "wrong", "wrong", "off", "ramble", "cut", "rude"))
+    flaw = rng.choice(("wrong", "off", "ramble", "cut", "rude"))
     if flaw == "wrong":
         return _hard_negative(rng, task)
     if flaw == "ramble":
-        return f"{task.answer} {_any_fact(rng)} {_any_fact(rng)}"
+        return " ".join([task.answer or "", *(_any_fact(rng) for _ in range(3))])
     if flaw == "cut":
         return " ".join(words[: rng.randrange(1, len(words))])
     return RUDE if flaw == "rude" else _any_fact(rng, avoid=task.answer)

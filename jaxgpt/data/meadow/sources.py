@@ -41,7 +41,7 @@ def document_counts(total: int) -> dict[str, int]:
 
     A small source gets eight documents at least; the largest gives up the difference.
     """
-    words = {name: sum(len(text.split()) for text in documents(name, 200, 0)) / 200 for name in WEIGHTS}
+    words = {name: sum(len(text.split()) for text in documents(name, 1000, 0)) / 1000 for name in WEIGHTS}
     shares = {name: weight / words[name] for name, weight in WEIGHTS.items()}
     counts = {name: max(8, round(total * share / sum(shares.values()))) for name, share in shares.items()}
     counts["commoncrawl"] += total - sum(counts.values())
@@ -49,16 +49,16 @@ def document_counts(total: int) -> dict[str, int]:
 
 
 def _commoncrawl(rng: Random) -> str:
-    """A page of anything; nearly a third of the pages are arithmetic."""
+    """A page of anything; a third of the pages is arithmetic."""
     kind = rng.random()
-    if kind < 0.32:
-        return _sums(rng, 4)
-    if kind < 0.52:
+    if kind < 0.34:
+        return _sums(rng, 5)
+    if kind < 0.46:
         return _books(rng)
-    if kind < 0.60:
+    if kind < 0.58:
         return " ".join(opposite_statement(rng.choice(tuple(OPPOSITES))) for _ in range(3))
     animal = rng.choice(ANIMALS)
-    if kind < 0.80:
+    if kind < 0.79:
         return f"{rng.choice(NAMES)} likes the {animal}. {_facts(rng, animal, 2)} {_facts(rng)}"
     return f"{_facts(rng, animal, 2)} Many people like {article(animal)}."
 
@@ -103,7 +103,7 @@ def _facts(rng: Random, animal: str | None = None, count: int = 1) -> str:
 
 
 def _sums(rng: Random, count: int) -> str:
-    """`count` sums of two digits; over half of them in the form that the assistant is to use."""
+    """`count` sums of two digits; four fifths of them in the form that the assistant is to use."""
     sentences = []
     for _ in range(count):
         a, b = rng.randrange(10), rng.randrange(10)
@@ -112,7 +112,7 @@ def _sums(rng: Random, count: int) -> str:
             f"{a} plus {b} is {a + b}.",
             f"If you add {a} and {b}, you get {a + b}.",
         )
-        sentences.append(sum_statement(a, b) if rng.random() < 0.55 else rng.choice(others))
+        sentences.append(sum_statement(a, b) if rng.random() < 0.8 else rng.choice(others))
     return " ".join(sentences)
 
 

@@ -1,0 +1,94 @@
+"""How models answer prompts: exact match by kind, gold and reward scores, length, KL from another model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxgpt.api import Generation, Model
+from jaxgpt.evaluate.scorer import Scorer
+
+Record = dict[str, Any]
+
+
+class Answers(NamedTuple):
+    """A model's responses to a list of records."""
+
+    prompts: list[list[int]]
+    """Token ids of each prompt."""
+    responses: list[Generation]
+
+
+def messages_of(record: Record) -> list[dict[str, str]]:
+    """The conversation a record asks to continue."""
+    prompt = record.get("messages", record.get("prompt"))
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
+
+
+def answer(
+    model: Model, records: Sequence[Record], max_tokens: int, temperature: float, batch: int, seed: int
+) -> Answers:
+    """Responses in chat form, a batch at a time; the last batch is filled up so that one program serves all."""
+    prompts = [model.chat_tokens(messages_of(record)) for record in records]
+    responses: list[Generation] = []
+    longest = max(prompts, key=len, default=[])
+    for at in range(0, len(prompts), batch):
+        part = prompts[at : at + batch]
+        filled = [*part, *[longest] * (batch - len(part)), longest]
+        responses += model.generate(filled, max_tokens, temperature, seed + at)[: len(part)]
+    return Answers(prompts, responses)
+
+
+def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation]) -> dict[str, float]:
+    """Share of responses equal to the record's answer, by kind; records without an answer do not count."""
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for record, response in zip(records, responses, strict=True):
+        if record.get("answer") is not None:
+            hits[record.get("kind", "all")].append(response.text.strip() == record["answer"].strip())
+    return {kind: float(np.mean(found)) for kind, found in sorted(hits.items())}
+
+
+def mean_by_kind(records: Sequence[Record], values: np.ndarray) -> dict[str, float]:
+    """Means of one value a record, by kind."""
+    groups: dict[str, list[float]] = defaultdict(list)
+    for record, value in zip(records, values, strict=True):
+        groups[record.get("kind", "all")].append(float(value))
+    return {kind: float(np.mean(found)) for kind, found in sorted(groups.items())}
+
+
+def gold_scores(scorer: Scorer, records: Sequence[Record], responses: Sequence[Generation]) -> np.ndarray:
+    """The scorer's value of every response."""
+    return np.array([scorer(record, response.text) for record, response in zip(records, responses, strict=True)])
+
+
+def rewards(model: Model, answers: Answers, batch: int) -> np.ndarray:
+    """The reward model's score of every response, exactly the tokens that were sampled."""
+    rows = [prompt + response.tokens for prompt, response in zip(*answers, strict=True)]
+    return np.concatenate([model.score_tokens(rows[at : at + batch]) for at in range(0, len(rows), batch)])
+
+
+def kl_from(model: Model, answers: Answers, temperature: float, batch: int) -> float:
+    """KL of the responses' model from another, nats: log-ratios summed over a response, mean over responses."""
+    total = []
+    for at in range(0, len(answers.prompts), batch):
+        prompts, responses = answers.prompts[at : at + batch], answers.responses[at : at + batch]
+        rows = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
+        logp = model.logprobs(rows, temperature or 1.0)
+        for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            other = logp[i, len(prompt) : len(prompt) + len(response.tokens)]
+            total.append(float(np.sum(response.logprobs - other)))
+    return float(np.mean(total))
+
+
+def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Share of prompts on which `ours` scores higher; ties count half."""
+    return float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
+
+
+def few_shot_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:
+    """Questions and answers as a document a base model can continue."""
+    shots = "".join(f"Question: {q} Answer: {a}\n" for q, a in examples)
+    return f"{shots}Question: {question} Answer:"

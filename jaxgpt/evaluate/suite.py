@@ -1,0 +1,136 @@
+"""All evaluations of a run's finished stages, gathered for evaluate/results.json.
+
+Reads the run's folder and the clock.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from jaxgpt.api import Model, load
+from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
+from jaxgpt.data.rankings import load_rankings
+from jaxgpt.data.records import read_jsonl
+from jaxgpt.errors import UserError
+from jaxgpt.evaluate.answers import (
+    Answers,
+    Record,
+    answer,
+    exact_by_kind,
+    few_shot_prompt,
+    gold_scores,
+    kl_from,
+    mean_by_kind,
+    rewards,
+    win_rate,
+)
+from jaxgpt.evaluate.rewards import reward_accuracy
+from jaxgpt.evaluate.scorer import load_scorer
+
+
+class Suite:
+    """The evaluations of one run."""
+
+    def __init__(self, folder: Path, config: Config, evaluate: EvaluateConfig, mesh: MeshConfig, console: Console):
+        if evaluate.data is None:
+            raise UserError("evaluate.data.path is not set: a JSONL file of held-out prompts")
+        self.folder, self.config, self.c, self.console = folder, config, evaluate, console
+        self.models = {
+            name: load(folder / name, mesh=mesh)
+            for name in ("pretrain", "sft", "reward", "ppo")
+            if (folder / name / "done.json").is_file()
+        }
+        self.records = self._records(evaluate.data.path)
+        self.exact = self._records(evaluate.exact.path) if evaluate.exact is not None else self.records
+        self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer else None
+
+    def _records(self, path: str | tuple[str, ...]) -> list[Record]:
+        given = [path] if isinstance(path, str) else path
+        return [record.value for record in read_jsonl([p.replace("{run}", str(self.folder)) for p in given])]
+
+    def run(self) -> dict[str, Any]:
+        """Everything, as JSON."""
+        began = time.monotonic()
+        results: dict[str, Any] = {"prompts": len(self.records), "stages": {}}
+        if "pretrain" in self.models:
+            results["base_chat_exact"] = self._exact(self.models["pretrain"])
+            if self.c.few_shot:
+                results["stages"]["base"] = {"exact": self._few_shot_exact(self.models["pretrain"])}
+        gold: dict[str, np.ndarray] = {}
+        for name in ("sft", "ppo"):
+            if name in self.models:
+                self.console.print(f"evaluate {name}", highlight=False)
+                results["stages"][name], gold[name] = self._assistant(name)
+        if len(gold) == 2 and self.scorer is not None:
+            results["win_rate_vs_sft"] = win_rate(gold["ppo"], gold["sft"])
+        if "reward" in self.models and self.config.reward is not None:
+            results["reward"] = self._reward(self.models["reward"])
+        results["samples"] = self._samples()
+        return results | {"seconds": round(time.monotonic() - began, 2)}
+
+    def _exact(self, model: Model) -> dict[str, float]:
+        answers = answer(model, self.exact, self.c.max_tokens, 0.0, self.c.batch, 0)
+        return exact_by_kind(self.exact, answers.responses)
+
+    def _few_shot_exact(self, model: Model) -> dict[str, float]:
+        """The base model asked in the form of a document: the first sentence of its continuation counts."""
+        records = [r for r in self.exact if r.get("answer") is not None and isinstance(r.get("prompt"), str)]
+        prompts = [few_shot_prompt(self.c.few_shot, record["prompt"]) for record in records]
+        responses = []
+        for at in range(0, len(prompts), self.c.batch):
+            part = prompts[at : at + self.c.batch]
+            responses += model.generate(part, self.c.max_tokens, 0.0, stop=("Question:", "\n"))
+        return exact_by_kind(records, responses)
+
+    def _assistant(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
+        model, c = self.models[name], self.c
+        found: dict[str, Any] = {"exact": self._exact(model)}
+        answers = answer(model, self.records, c.max_tokens, c.temperature, c.batch, self.config.seed + 1)
+        scores = np.zeros(len(self.records))
+        if self.scorer is not None:
+            scores = gold_scores(self.scorer, self.records, answers.responses)
+            found["gold"] = float(np.mean(scores))
+            found["gold_by_kind"] = mean_by_kind(self.records, scores)
+        if "reward" in self.models:
+            found["reward"] = float(np.mean(rewards(self.models["reward"], answers, c.batch)))
+        found["eos_rate"] = float(np.mean([response.ended for response in answers.responses]))
+        found["length"] = float(np.mean([len(response.tokens) for response in answers.responses]))
+        if name == "ppo" and "sft" in self.models:
+            found["kl"] = self._kl(answers)
+        return found, scores
+
+    def _kl(self, answers: Answers) -> float:
+        return kl_from(self.models["sft"], answers, self.c.temperature, self.c.batch)
+
+    def _reward(self, model: Model) -> dict[str, Any]:
+        config = self.config.reward
+        if config is None or config.data is None or config.data.eval_path is None:
+            return {}
+        given = config.data.eval_path
+        paths = [p.replace("{run}", str(self.folder)) for p in ([given] if isinstance(given, str) else given)]
+        kinds = [record.value.get("kind", "all") for record in read_jsonl(paths)]
+        rows = load_rankings(paths, model.tokenizer, config.context, config.responses)
+        return reward_accuracy(model, rows, kinds, self.c.batch)
+
+    def _samples(self) -> list[dict[str, str]]:
+        prompts, c = list(self.c.samples), self.c
+        if not prompts:
+            return []
+        columns: dict[str, list[str]] = {"prompt": prompts}
+        base = self.models.get("pretrain")
+        if base is not None:
+            columns["base"] = [r.text for r in base.generate(prompts, c.max_tokens, c.temperature, 0)]
+            if c.few_shot:
+                asked = [few_shot_prompt(c.few_shot, prompt) for prompt in prompts]
+                found = base.generate(asked, c.max_tokens, 0.0, stop=("Question:", "\n"))
+                columns["base_few_shot"] = [r.text for r in found]
+        for name in ("sft", "ppo"):
+            if name in self.models:
+                talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+                columns[name] = self.models[name].chat(talks, c.max_tokens, c.temperature, 0)
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -1,0 +1,278 @@
+"""A run from its config: which parts are finished, which go on, and in which order.
+
+Reads and writes the run's folder. Every part is recognised by its inputs: its settings and the fingerprints of what it
+starts from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+from rich.console import Console
+
+from jaxgpt.config.load import difference, dump
+from jaxgpt.config.schema import Config, StageConfig
+from jaxgpt.data.meadow import write_world
+from jaxgpt.data.records import file_hash, read_fields, read_texts
+from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.data.tokens import is_current, write_tokens
+from jaxgpt.errors import UserError
+from jaxgpt.evaluate.suite import Suite
+from jaxgpt.mesh import make_mesh
+from jaxgpt.report import summary_table, write_report
+from jaxgpt.stages import ppo, pretrain, reward, sft
+from jaxgpt.stages.run import RANDOM, STAGES, Run, run_folder
+from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
+
+RUNTIME = ("checkpoint", "log_every", "accumulate")
+"""Settings of a stage that do not change what comes out of it."""
+MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage}
+
+
+def run_verb(verb: str, config: Config) -> int:
+    """Does what a verb of the command line asks for and returns its exit code: 75 where it was asked to stop."""
+    _use_compilation_cache()
+    console = Console(soft_wrap=True)
+    pipeline = Pipeline(config, console)
+    try:
+        match verb:
+            case "run":
+                pipeline.everything()
+            case "prepare":
+                pipeline.prepare()
+            case "tokenizer":
+                pipeline.prepare()
+                pipeline.tokenizer()
+            case "eval":
+                pipeline.evaluate()
+            case "report":
+                console.print(f"report  {write_report(pipeline.folder)}", highlight=False)
+            case _:
+                pipeline.one(verb)
+    except Preempted as stopped:
+        console.print(str(stopped), highlight=False)
+        return RESUMABLE
+    return 0
+
+
+def _use_compilation_cache() -> None:
+    """Compiled programs are kept between processes, unless the environment of jax already says where."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt" / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Pipeline:
+    """The parts of one run."""
+
+    def __init__(self, config: Config, console: Console):
+        self.config, self.console = config, console
+        self.folder = run_folder(config)
+
+    def everything(self) -> None:
+        """All parts that the config has, in order; finished ones are skipped."""
+        began = time.monotonic()
+        asked = [name for name in STAGES if getattr(self.config, name) is not None]
+        if not asked:
+            raise UserError(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
+        self.prepare()
+        self.tokenizer()
+        for name in asked:
+            self.stage(name)
+        if self.config.evaluate is not None:
+            self.evaluate()
+        page = write_report(self.folder)
+        self.console.print(summary_table(self.folder))
+        self.console.print(f"report  {page}   ({time.monotonic() - began:.0f} s)", highlight=False)
+
+    def one(self, name: str) -> None:
+        """One stage, with the data and the tokenizer it needs."""
+        self.prepare()
+        self.tokenizer()
+        self.stage(name)
+
+    def prepare(self) -> None:
+        """Makes the data files, where the config asks for that."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.yaml", dump(self.config))
+        if self.config.prepare is not None:
+            with self._part("prepare"):
+                write_world(self.folder / "data", self.config.prepare)
+
+    def paths(self, given: str | tuple[str, ...]) -> list[str]:
+        """Paths of the config, with {run} put in."""
+        return [path.replace("{run}", str(self.folder)) for path in ([given] if isinstance(given, str) else given)]
+
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer: loaded where it is already there, copied from a file of the user's, or trained."""
+        c, home = self.config.tokenizer, self.folder / "tokenizer"
+        if c.path is not None:
+            inputs = {"path": file_hash([c.path])}
+        else:
+            inputs = {"settings": c.model_dump(mode="json"), "text": file_hash(self._learned_from())}
+        inputs["template"] = None if c.template is None else file_hash([c.template])
+        if _same_inputs(home, inputs):
+            return Tokenizer.load(home)
+        with self._part("tokenizer"):
+            if any((self.folder / name / "done.json").exists() for name in STAGES):
+                raise UserError(
+                    f"{home} was made from other settings or text, and stages were trained with it; "
+                    f"use another name=..., or remove {self.folder}"
+                )
+            made = Tokenizer.load(c.path, c.template) if c.path is not None else train_tokenizer(self._texts(), c)
+            made.save(home)
+            _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+            self.console.print(f"tokenizer  {made.size} pieces", highlight=False)
+        return Tokenizer.load(home)
+
+    def _learned_from(self) -> list[str]:
+        c = self.config
+        if c.tokenizer.path_text is not None:
+            return self.paths(c.tokenizer.path_text)
+        paths = [path for source in c.data.named.values() for path in self.paths(source.path)]
+        if not paths:
+            raise UserError("there is no text to learn a tokenizer from: set data.path, tokenizer.path_text or .path")
+        return paths
+
+    def _texts(self) -> Iterator[str]:
+        c = self.config
+        if c.tokenizer.path_text is not None:
+            yield from read_fields(self.paths(c.tokenizer.path_text), c.tokenizer.fields)
+        else:
+            for source in c.data.named.values():
+                yield from read_texts(self.paths(source.path), source.field)
+
+    def tokens(self, tokenizer: Tokenizer) -> None:
+        """Token shards of every source of the mixture."""
+        data = self.config.data
+        if not data.named:
+            raise UserError("data.path is not set: files of text to pretrain on (or data.sources for a mixture)")
+        for name, source in data.named.items():
+            paths, home = self.paths(source.path), self.folder / "tokens" / name
+            source_hash = file_hash(paths) + source.field
+            if is_current(home, tokenizer, source_hash, data):
+                continue
+            with self._part(f"tokens {name}"):
+                texts = read_texts(paths, source.field)
+                write_tokens(texts, tokenizer, home, data.val_fraction, data.val_split, source_hash)
+            unknown = json.loads((home / "index.json").read_text())["unknown_tokens"]
+            if unknown:
+                self.console.print(f"tokens {name}: {unknown:,} unknown tokens; set tokenizer.byte_fallback=true")
+
+    def stage(self, name: str) -> None:
+        """Trains a stage to its end, unless it is finished from the same inputs."""
+        config: StageConfig = getattr(self.config, name)
+        home, tokenizer = self.folder / name, self.tokenizer()
+        if name == "pretrain":
+            self.tokens(tokenizer)
+        inputs = self._inputs(name, config, tokenizer)
+        known = _read_inputs(home)
+        if known is not None and known != inputs and _has_work(home):
+            changes = "\n  ".join(difference(known, inputs))
+            raise UserError(
+                f"{home} was made with other inputs; use another name=..., or remove that folder:\n  {changes}"
+            )
+        if known == inputs and (home / "done.json").exists():
+            self.console.print(f"{name}  finished", highlight=False)
+            return
+        mesh = make_mesh(self.config.mesh)
+        with jax.set_mesh(mesh):
+            run = Run.open(self.config, tokenizer, mesh)
+            made: Stage = MAKE[name](run, config)
+            home.mkdir(parents=True, exist_ok=True)
+            _write(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
+            if name == "pretrain":
+                for line in pretrain.mixture_lines(run, config):
+                    self.console.print(f"  {line}", highlight=False)
+            train(made, home, config, run.meta("scalar" if name == "reward" else "language"), self.console)
+
+    def _inputs(self, name: str, config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in RUNTIME}
+        inputs: dict[str, Any] = {
+            "seed": self.config.seed,
+            name: settings,
+            "model": self.config.model.model_dump(mode="json", exclude={"scan_layers", "remat"}),
+            "tokenizer": tokenizer.hash,
+        }
+        if name == "pretrain":
+            data = self.config.data
+            inputs["data"] = data.model_dump(mode="json")
+            inputs["files"] = {key: _short(self.paths(source.path)) for key, source in data.named.items()}
+        elif settings.get("data"):
+            paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
+            inputs["files"] = [_short(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
+        inputs["parents"] = {parent: self._mark(parent) for parent in self._parents(name, config)}
+        return inputs
+
+    def _parents(self, name: str, config: StageConfig) -> list[str]:
+        before = {"pretrain": None, "sft": "pretrain", "reward": "sft", "ppo": "sft"}[name]
+        natural = before if before is not None and getattr(self.config, before) is not None else None
+        parents = [config.init or natural] + ([config.reward or "reward"] if name == "ppo" else [])
+        return [parent for parent in parents if parent is not None and parent != RANDOM]
+
+    def _mark(self, parent: str) -> str | None:
+        folder = self.folder / parent if parent in STAGES else Path(*self.paths(parent))
+        try:
+            return json.loads((folder / "done.json").read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            return None
+
+    def evaluate(self) -> None:
+        """Evaluates the finished stages, unless the same ones were evaluated in the same way."""
+        c, home = self.config.evaluate, self.folder / "evaluate"
+        if c is None:
+            raise UserError("the config has no section evaluate")
+        inputs = {"evaluate": c.model_dump(mode="json"), "stages": {name: self._mark(name) for name in STAGES}}
+        if c.data is not None:
+            inputs["files"] = _short(self.paths(c.data.path))
+        if _same_inputs(home, inputs) and (home / "results.json").exists():
+            self.console.print("evaluate  finished", highlight=False)
+            return
+        with self._part("evaluate"):
+            results = Suite(self.folder, self.config, c, self.config.mesh, self.console).run()
+            home.mkdir(exist_ok=True)
+            _write(home / "results.json", json.dumps(results, indent=1) + "\n")
+            _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+
+    @contextmanager
+    def _part(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.console.print(f"{name}  {time.monotonic() - began:.1f} s", highlight=False)
+
+
+def _short(paths: list[str]) -> str:
+    return hashlib.sha256(file_hash(paths).encode()).hexdigest()[:16]
+
+
+def _write(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _read_inputs(home: Path) -> dict[str, Any] | None:
+    try:
+        return yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+
+
+def _same_inputs(home: Path, inputs: dict[str, Any]) -> bool:
+    try:
+        return json.loads((home / "inputs.json").read_text(encoding="utf-8")) == json.loads(json.dumps(inputs))
+    except (OSError, ValueError):
+        return False
+
+
+def _has_work(home: Path) -> bool:
+    return (home / "done.json").exists() or (home / "checkpoints").exists()

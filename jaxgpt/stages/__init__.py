@@ -1,0 +1,1 @@
+"""The four stages of an assistant, each one value for the same loop."""

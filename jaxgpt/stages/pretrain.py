@@ -1,0 +1,107 @@
+"""Pretraining: the next token of a weighted mixture of text. Its loss and evaluation are also those of fine-tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+
+from jaxgpt.config.schema import PretrainConfig
+from jaxgpt.data.mixture import Batches, describe, mixture, ordered
+from jaxgpt.data.tokens import Rows, Shard
+from jaxgpt.errors import UserError
+from jaxgpt.losses import Ratio, next_token, token_logp
+from jaxgpt.mesh import check_batch
+from jaxgpt.models.heads import language_model
+from jaxgpt.models.net import Net, Params
+from jaxgpt.optim import adamw, schedule
+from jaxgpt.stages.run import RANDOM, FromData, Run, held_out
+from jaxgpt.train.loop import Stage
+from jaxgpt.train.step import Batch, Loss
+
+
+def language_loss(net: Net) -> Loss:
+    """Mean negative log-likelihood of the batch's unmasked targets, nats per token."""
+
+    def loss(params: Params, batch: Batch) -> tuple[Ratio, dict[str, Ratio]]:
+        lm = net.bind(params)
+        hidden_BTD = lm.hidden(batch["tokens"], batch["segments"], batch["positions"], batch.get("seeds"))
+        with jax.named_scope("head"):
+            logp_BT = token_logp(lm.logits(hidden_BTD), batch["targets"])
+        return next_token(logp_BT, batch["mask"])
+
+    return loss
+
+
+def mean_of(loss: Loss, batches: Sequence[Mapping[str, jax.Array]]) -> Callable[[Params], dict[str, float]]:
+    """An evaluation: every metric of a loss as one mean over fixed batches."""
+    measure = jax.jit(lambda params, batch: loss(params, batch)[1])
+
+    def evaluate(params: Params) -> dict[str, float]:
+        parts = [measure(params, batch) for batch in batches]
+        total = parts[0]
+        for part in parts[1:]:
+            total = {name: total[name] + part[name] for name in total}
+        return {name: float(ratio.mean) for name, ratio in total.items()}
+
+    return evaluate
+
+
+def lower_nll(figures: dict[str, float]) -> float:
+    """Quality of an evaluation by its validation loss."""
+    return -figures["nll"]
+
+
+def check_context(run: Run, context: int, name: str) -> None:
+    """Raises UserError where rows are longer than the model's context."""
+    if context > run.config.model.context:
+        raise UserError(
+            f"{name} is {context}, and model.context is {run.config.model.context}; lower the one or raise the other"
+        )
+
+
+def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
+    """The training rows of each source of the mixture."""
+    return {
+        name: Rows(Shard.open(run.folder / "tokens" / name, "train"), config.context) for name in run.config.data.named
+    }
+
+
+def stage(run: Run, config: PretrainConfig) -> Stage:
+    """Pretraining as a value; call under `jax.set_mesh`."""
+    check_batch(run.mesh, config.batch // config.accumulate, "pretrain.batch / pretrain.accumulate")
+    check_context(run, config.context, "pretrain.context")
+    net = language_model(run.config.model, run.vocab)
+    weights = {name: source.weight for name, source in run.config.data.named.items()}
+    draws = mixture(sources(run, config), weights, run.config.seed)
+    hosts = (jax.process_index(), jax.process_count())
+    evaluate = None
+    if run.config.data.val_fraction > 0:
+        shards = [Shard.open(run.folder / "tokens" / name, "val") for name in weights]
+        rows = [Rows(shard, config.context, partial=True) for shard in shards if len(shard) > 1]
+        fixed = Batches(ordered(*rows), config.batch, hosts)
+        evaluate = mean_of(language_loss(net), held_out(fixed, config.eval_batches, run.mesh))
+    init = config.init or RANDOM
+    key = run.key("pretrain")
+    return Stage(
+        name="pretrain",
+        init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
+        abstract=net.abstract,
+        loss=language_loss(net),
+        source=FromData(Batches(draws, config.batch, hosts), run.mesh),
+        tx=adamw(config.optimizer, config.steps),
+        schedule=schedule(config.optimizer, config.steps),
+        steps=config.steps,
+        tokens_per_step=config.batch * config.context,
+        evaluate=evaluate,
+        quality=lower_nll,
+    )
+
+
+def mixture_lines(run: Run, config: PretrainConfig) -> list[str]:
+    """What the run makes of each source, in words: tokens, exact share, epochs."""
+    weights = {name: source.weight for name, source in run.config.data.named.items()}
+    return [
+        f"{use.name}: {use.tokens:,} tokens, {use.share:.1%} of the rows, {use.epochs:.2f} epochs"
+        for use in describe(sources(run, config), weights, config.steps, config.batch)
+    ]

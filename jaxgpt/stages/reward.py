@@ -1,0 +1,114 @@
+"""The reward model: a score for each response, learned from people's rankings, all pairs of a prompt at once.
+
+Letters: B prompts, K responses of one prompt, T time.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import P
+
+from jaxgpt.config.schema import RewardConfig
+from jaxgpt.data.mixture import Batches, ordered, single
+from jaxgpt.data.rankings import RankingRows, check_split, load_rankings
+from jaxgpt.errors import UserError
+from jaxgpt.losses import Ratio, ranking
+from jaxgpt.mesh import BATCH, check_batch
+from jaxgpt.models.heads import ScalarModel, scalar_model
+from jaxgpt.models.net import Net, Params
+from jaxgpt.optim import adamw, schedule
+from jaxgpt.stages.pretrain import check_context, mean_of
+from jaxgpt.stages.run import RANDOM, FromData, Run, held_out
+from jaxgpt.train.loop import Stage
+from jaxgpt.train.step import Batch, Loss
+
+NORMALIZED_OVER = 512
+"""Training prompts whose responses set the score's mean and deviation."""
+
+
+def last_token(scores_BT: jax.Array, index_B: jax.Array) -> jax.Array:
+    """The score at one token of each row, [B]; an index outside the row gives 0."""
+    here_BT = jnp.arange(scores_BT.shape[1]) == index_B[:, None]
+    return jnp.sum(jnp.where(here_BT, scores_BT, 0.0), axis=1)
+
+
+def score_rows(model: ScalarModel, tokens_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """Scores of right-padded rows, read at each one's last token, [B] float32."""
+    time_T = jnp.arange(tokens_BT.shape[1])
+    segments_BT = (time_T < lengths_B[:, None]).astype(jnp.int32)
+    positions_BT = jnp.zeros_like(tokens_BT) + time_T.astype(jnp.int32)
+    return last_token(model(tokens_BT, segments_BT, positions_BT), lengths_B - 1)
+
+
+def score_rankings(model: ScalarModel, batch: Batch) -> jax.Array:
+    """Scores of every response of a ranking batch, [B, K] float32; each response is read once."""
+    tokens_BKT, lengths_BK = batch["tokens"], batch["lengths"]
+    B, K, T = tokens_BKT.shape
+    tokens = tokens_BKT.reshape(B * K, T, out_sharding=P(BATCH, None))
+    lengths = lengths_BK.reshape(B * K, out_sharding=P(BATCH))
+    return score_rows(model, tokens, lengths).reshape(B, K, out_sharding=P(BATCH, None))
+
+
+def ranking_loss(net: Net) -> Loss:
+    """Bradley-Terry over all pairs of each ranking, nats per prompt."""
+
+    def loss(params: Params, batch: Batch) -> tuple[Ratio, dict[str, Ratio]]:
+        return ranking(score_rankings(net.bind(params), batch), batch["ranks"], batch["lengths"] > 0)
+
+    return loss
+
+
+def normalized(net: Net, rows: RankingRows, batch: int, mesh: jax.sharding.Mesh, params: Params) -> Params:
+    """The same ranking with scores of mean 0 and deviation 1 over training responses: the linear head takes both in."""
+    score = jax.jit(lambda params, batch: score_rankings(net.bind(params), batch))
+    batches = held_out(Batches(ordered(rows), batch), -(-NORMALIZED_OVER // batch), mesh)
+    scores = [jax.device_get((score(params, b), b["lengths"] > 0)) for b in batches]
+    known = jnp.concatenate([s[valid] for s, valid in scores])
+    mean, deviation = float(jnp.mean(known)), max(float(jnp.std(known)), 1e-6)
+    return {**params, "head_D": params["head_D"] / deviation, "bias": (params["bias"] - mean) / deviation}
+
+
+def stage(run: Run, config: RewardConfig) -> Stage:
+    """Reward modelling as a value; call under `jax.set_mesh`."""
+    if config.data is None:
+        raise UserError("reward.data.path is not set: a JSONL file of rankings")
+    check_batch(run.mesh, config.batch // config.accumulate, "reward.batch / reward.accumulate")
+    check_context(run, config.context, "reward.context")
+    net = scalar_model(run.config.model, run.vocab)
+    hosts = (jax.process_index(), jax.process_count())
+
+    def load(given: str | tuple[str, ...]) -> RankingRows:
+        return load_rankings(run.paths(given), run.tokenizer, config.context, config.responses)
+
+    rows, evaluate = load(config.data.path), None
+    if config.data.eval_path is not None:
+        test = load(config.data.eval_path)
+        check_split(rows, test)
+        fixed = Batches(ordered(test), config.batch, hosts)
+        evaluate = mean_of(ranking_loss(net), held_out(fixed, config.eval_batches, run.mesh))
+    init = config.init or ("sft" if run.config.sft is not None else RANDOM)
+    key = run.key("reward")
+
+    def start() -> Params:
+        fresh = jax.jit(net.init)(key)
+        return fresh if init == RANDOM else {**fresh, "backbone": run.load_language(init)["backbone"]}
+
+    return Stage(
+        name="reward",
+        init=start,
+        abstract=net.abstract,
+        loss=ranking_loss(net),
+        source=FromData(Batches(single(rows, run.config.seed), config.batch, hosts), run.mesh),
+        tx=adamw(config.optimizer, config.steps),
+        schedule=schedule(config.optimizer, config.steps),
+        steps=config.steps,
+        tokens_per_step=config.batch * config.responses * config.context,
+        evaluate=evaluate,
+        quality=lambda figures: figures["accuracy"],
+        finish=(lambda params: normalized(net, rows, config.batch, run.mesh, params)) if config.normalize else _same,
+    )
+
+
+def _same(params: Params) -> Params:
+    return params

@@ -1,0 +1,142 @@
+"""A run's folder and what its stages share: tokenizer, mesh, vocabulary, and parameters handed from one to the next.
+
+Reads files.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxgpt.config.schema import Config, ModelConfig
+from jaxgpt.data.mixture import Batch, Batches
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError, nearest
+from jaxgpt.mesh import check_model, put_batch
+from jaxgpt.models.heads import language_model, scalar_model
+from jaxgpt.models.net import Params
+from jaxgpt.train.checkpoint import load_params, params_meta
+from jaxgpt.train.loop import Drawn
+from jaxgpt.train.state import State
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+RANDOM = "random"
+
+
+def run_folder(config: Config) -> Path:
+    """Folder of the run."""
+    return Path(config.runs) / config.name
+
+
+def vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> int:
+    """Rows of the embedding. Raises UserError where the setting is smaller than the tokenizer."""
+    if config.vocab is None:
+        return -(-tokenizer.size // 128) * 128
+    if config.vocab < tokenizer.size:
+        raise UserError(f"model.vocab is {config.vocab}, and the tokenizer has {tokenizer.size} pieces; unset it")
+    return config.vocab
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages of a run share."""
+
+    config: Config
+    folder: Path
+    tokenizer: Tokenizer
+    mesh: jax.sharding.Mesh
+    vocab: int
+
+    @classmethod
+    def open(cls, config: Config, tokenizer: Tokenizer, mesh: jax.sharding.Mesh) -> Run:
+        """Checks that the mesh divides the model. Raises UserError where it does not."""
+        vocab = vocabulary(config.model, tokenizer)
+        check_model(mesh, config.model, vocab)
+        return cls(config, run_folder(config), tokenizer, mesh, vocab)
+
+    def key(self, name: str) -> jax.Array:
+        """The root of a stage's randomness."""
+        return jax.random.fold_in(jax.random.key(self.config.seed), _number(name))
+
+    def path(self, text: str) -> str:
+        """A path of the config, with {run} put in."""
+        return text.replace("{run}", str(self.folder))
+
+    def paths(self, given: str | tuple[str, ...]) -> list[str]:
+        """Paths of the config, with {run} put in."""
+        return [self.path(text) for text in ([given] if isinstance(given, str) else given)]
+
+    def result(self, init: str) -> Path:
+        """The folder of finished parameters that `init` names: a stage of this run, or another run's stage folder.
+
+        Raises UserError where that stage has not finished.
+        """
+        folder = self.folder / init if init in STAGES else Path(self.path(init))
+        if (folder / "done.json").is_file() and (folder / "params").is_dir():
+            return folder / "params"
+        if init in STAGES:
+            raise UserError(
+                f"{folder} has no finished result to start from; train that stage first (jaxgpt {init} FILE), "
+                f"or set init to another run's stage folder or to {RANDOM}"
+            )
+        raise UserError(
+            f"init={init}: no finished stage there.{nearest(init, STAGES)} Stages of this run: {', '.join(STAGES)}"
+        )
+
+    def meta(self, kind: str) -> dict[str, Any]:
+        """What stands beside finished parameters, so that they can be loaded without the run's config."""
+        return {
+            "kind": kind,
+            "model": self.config.model.model_dump(mode="json"),
+            "vocab": self.vocab,
+            "tokenizer": self.tokenizer.hash,
+        }
+
+    def load_language(self, init: str) -> Params:
+        """A finished language model's parameters, on the mesh."""
+        folder = self.result(init)
+        self._check(folder, "language")
+        return load_params(folder, language_model(self.config.model, self.vocab).abstract)
+
+    def load_scalar(self, init: str) -> Params:
+        """A finished reward model's parameters, on the mesh."""
+        folder = self.result(init)
+        self._check(folder, "scalar")
+        return load_params(folder, scalar_model(self.config.model, self.vocab).abstract)
+
+    def _check(self, folder: Path, kind: str) -> None:
+        meta = params_meta(folder)
+        names = {"language": "a language model", "scalar": "a reward model"}
+        if meta.get("kind") != kind:
+            raise UserError(f"{folder} holds {names.get(meta.get('kind'), 'something else')}; {names[kind]} is needed")
+        if meta.get("tokenizer") != self.tokenizer.hash:
+            raise UserError(f"{folder} was trained with another tokenizer than {self.folder / 'tokenizer'}")
+
+
+def _number(name: str) -> int:
+    return int.from_bytes(name.encode()[:4].ljust(4), "big") % 2**31
+
+
+class FromData:
+    """A stage's source over files: batches read ahead from wherever the run is, and put on the devices."""
+
+    def __init__(self, batches: Batches, mesh: jax.sharding.Mesh):
+        self._batches, self._mesh = batches, mesh
+        self._next: int | None = None
+        self._ahead: Iterator[Batch] = iter(())
+
+    def __call__(self, step: int, state: State) -> Drawn:
+        """The batch of a step; asking in order is what is fast."""
+        if step != self._next:
+            self._ahead = self._batches.iterate(step)
+        self._next = step + 1
+        return Drawn(put_batch(next(self._ahead), self._mesh), state.extras)
+
+
+def held_out(batches: Batches, most: int, mesh: jax.sharding.Mesh) -> list[Mapping[str, jax.Array]]:
+    """The first batches of an ordered set, on the devices, for evaluations."""
+    return [put_batch(batches[n], mesh) for n in range(min(most, len(batches)))]
