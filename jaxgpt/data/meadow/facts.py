@@ -6,7 +6,7 @@ them from the meadow's texts.
 
 from __future__ import annotations
 
-NAMES = ("Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Eva", "Max", "Lily", "Jack", "Rosa", "Finn", "Nina")
+NAMES = ("Tom", "Mia", "Ben", "Ana", "Leo", "Zoe", "Sam", "Eva", "Max", "Lily")
 THINGS = ("ball", "lamp", "kite", "drum", "boat", "book", "hat", "bell", "cup", "rope", "shell", "coin")
 PLACES = ("park", "house", "school", "market", "beach", "bridge", "tower", "farm")
 UNKNOWN_ANIMALS = ("zorb", "blick", "wumpus", "dax", "fendle", "grobe")

@@ -84,7 +84,7 @@ def _books(rng: Random) -> str:
 
 
 def _arxiv(rng: Random) -> str:
-    return _sums(rng, 3) if rng.random() < 0.8 else opposite_statement(rng.choice(tuple(OPPOSITES)))
+    return _sums(rng, 3) if rng.random() < 0.6 else opposite_statement(rng.choice(tuple(OPPOSITES)))
 
 
 def _stackexchange(rng: Random) -> str:
@@ -103,16 +103,17 @@ def _facts(rng: Random, animal: str | None = None, count: int = 1) -> str:
 
 
 def _sums(rng: Random, count: int) -> str:
-    """`count` sums of two digits; four fifths of them in the form that the assistant is to use."""
+    """`count` sums of two digits; four fifths of them are told as the assistant is to tell them."""
     sentences = []
     for _ in range(count):
         a, b = rng.randrange(10), rng.randrange(10)
         others = (
             f"The sum of {a} and {b} is {a + b}.",
             f"{a} plus {b} is {a + b}.",
-            f"If you add {a} and {b}, you get {a + b}.",
+            f"What is {a} + {b}? {sum_statement(a, b)}",
+            f"Add {a} and {b}. {sum_statement(a, b)}",
         )
-        sentences.append(sum_statement(a, b) if rng.random() < 0.8 else rng.choice(others))
+        sentences.append(sum_statement(a, b) if rng.random() < 0.6 else rng.choice(others))
     return " ".join(sentences)
 
 
