@@ -16,6 +16,7 @@ from jax import P
 
 from jaxgpt.config.schema import ModelConfig, RopePositions
 from jaxgpt.mesh import BATCH, gather
+from jaxgpt.models.kernels import contract, project
 from jaxgpt.models.layers import Draw, scales
 
 FAR = -1e30
@@ -131,12 +132,10 @@ class Attention(nnx.Module):
         return (q_BTHK * scale).astype(dtype), k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
 
     def _part(self, x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        w = gather(weight[...], x_BTD.dtype)
-        y = jnp.einsum("btd,dhk->bthk", x_BTD, w, out_sharding=P(BATCH, None, jax.typeof(w).sharding.spec[1], None))
+        y = project(x_BTD, gather(weight[...], x_BTD.dtype))
         return y if bias is None else y + gather(bias[...], x_BTD.dtype)
 
     def output(self, out_BTHK: jax.Array) -> jax.Array:
         """The heads' results joined, [B, T, D]."""
-        w_HKD = gather(self.o_HKD[...], out_BTHK.dtype)
-        y_BTD = jnp.einsum("bthk,hkd->btd", out_BTHK, w_HKD, out_sharding=P(BATCH, None, None))
+        y_BTD = contract(out_BTHK, gather(self.o_HKD[...], out_BTHK.dtype))
         return y_BTD if self.o_bias_D is None else y_BTD + self.o_bias_D[...].astype(y_BTD.dtype)

@@ -14,6 +14,7 @@ from jax import P
 
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.mesh import BATCH, gather
+from jaxgpt.models.kernels import contract, once_computed, project
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +64,11 @@ class Norm(nnx.Module):
 
 
 ACTIVATIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": once_computed(lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu_tanh": once_computed(lambda x: jax.nn.gelu(x, approximate=True)),
     "relu": jax.nn.relu,
-    "swiglu": jax.nn.silu,
-    "geglu": lambda x: jax.nn.gelu(x, approximate=True),
+    "swiglu": once_computed(jax.nn.silu),
+    "geglu": once_computed(lambda x: jax.nn.gelu(x, approximate=True)),
 }
 
 
@@ -89,13 +90,12 @@ class Mlp(nnx.Module):
         act = ACTIVATIONS[self.activation]
         up_BTF = _expand(x_BTD, self.up_DF, self.up_bias_F)
         h_BTF = act(up_BTF) if self.gate_DF is None else act(_expand(x_BTD, self.gate_DF, self.gate_bias_F)) * up_BTF
-        down_FD = gather(self.down_FD[...], x_BTD.dtype)
-        y_BTD = jnp.einsum("btf,fd->btd", h_BTF, down_FD, out_sharding=P(BATCH, None, None))
+        y_BTD = contract(h_BTF, gather(self.down_FD[...], x_BTD.dtype))
         return y_BTD if self.down_bias_D is None else y_BTD + self.down_bias_D[...].astype(x_BTD.dtype)
 
 
 def _expand(x_BTD: jax.Array, weight_DF: nnx.Param, bias_F: nnx.Param | None) -> jax.Array:
-    y_BTF = jnp.einsum("btd,df->btf", x_BTD, gather(weight_DF[...], x_BTD.dtype))
+    y_BTF = project(x_BTD, gather(weight_DF[...], x_BTD.dtype))
     return y_BTF if bias_F is None else y_BTF + bias_F[...].astype(x_BTD.dtype)
 
 

@@ -1,0 +1,100 @@
+"""The hot operations of a block, with the backward passes that XLA's CPU compiler does not find by itself.
+
+On accelerators these are the plain operations. On the CPU, XLA recomputes exp and tanh inside transposed copies and
+multiplies transposed operands at half speed, so there each operation has a hand-written gradient (tested against plain
+autodiff) whose barriers say what is to be computed once.
+
+Letters: N rows (batch and time), I inputs, O outputs, B batch, T queries, S keys, G key/value heads, R query heads per
+key/value head, K head width, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import P
+
+from jaxgpt.mesh import BATCH
+
+_once = jax.lax.optimization_barrier
+
+
+def on_cpu() -> bool:
+    """Whether the hand-written gradients are in use."""
+    return jax.default_backend() == "cpu"
+
+
+def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """A value that is the same along mesh axes, taken as different there, so that its gradient is summed over them."""
+    return jax.lax.pcast(x, axes, to="varying")
+
+
+def project(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
+    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...]."""
+    outputs = jax.typeof(w).sharding.spec[1:]
+    out = P(BATCH, None, *outputs)
+    if not on_cpu():
+        return jnp.tensordot(x_BTI, w, axes=1, out_sharding=out)
+
+    def local(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
+        x_BTI = _vary(x_BTI, ("tensor",)) if "tensor" in outputs else x_BTI
+        y = _matmul(x_BTI, _vary(w, BATCH).reshape(w.shape[0], -1))
+        return y.reshape(*y.shape[:2], *w.shape[1:])
+
+    return jax.shard_map(local, in_specs=(P(BATCH, None, None), P(None, *outputs)), out_specs=out)(x_BTI, w)
+
+
+def contract(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [B, T, ...] times w [..., O] over all of w's other dimensions, the first of which tensor shards: [B, T, O]."""
+    inner = w.ndim - 1
+    rows, out = P(BATCH, None, "tensor", *(None,) * (inner - 1)), P(BATCH, None, None)
+    if not on_cpu():
+        return jnp.tensordot(x, w, axes=inner, out_sharding=out)
+
+    def local(x: jax.Array, w: jax.Array) -> jax.Array:
+        x_BTI, w_IO = x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1])
+        return jax.lax.psum(_matmul(x_BTI, _vary(w_IO, BATCH)), "tensor")
+
+    specs = (rows, P("tensor", *(None,) * inner))
+    return jax.shard_map(local, in_specs=specs, out_specs=out)(x, w)
+
+
+@jax.custom_vjp
+def _matmul(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
+    return x_BTI @ w_IO
+
+
+def _matmul_forward(x_BTI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x_BTI @ w_IO, (x_BTI, w_IO)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weight gradient transposes the narrower operand, explicitly: a product of two row-major matrices is fast."""
+    x_BTI, w_IO = saved
+    x_NI, dy_NO = x_BTI.reshape(-1, x_BTI.shape[-1]), _once(dy_BTO.reshape(-1, dy_BTO.shape[-1]))
+    dx_BTI = (dy_NO @ w_IO.T).reshape(x_BTI.shape)
+    if x_NI.shape[1] <= dy_NO.shape[1]:
+        return dx_BTI, _once(_once(x_NI).T) @ dy_NO
+    return dx_BTI, _once(_once(dy_NO.T) @ x_NI).T
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def once_computed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """An elementwise function whose value and gradient are each computed once, and not again where they are used."""
+
+    @jax.custom_vjp
+    def kept(x: jax.Array) -> jax.Array:
+        return _once(function(x))
+
+    def forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return kept(x), x
+
+    def backward(x: jax.Array, dy: jax.Array) -> tuple[jax.Array]:
+        return (_once(jax.vjp(function, x)[1](dy)[0]),)
+
+    kept.defvjp(forward, backward)
+    return lambda x: kept(x) if on_cpu() else function(x)
