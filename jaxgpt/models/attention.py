@@ -6,7 +6,6 @@ K head width.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import jax
@@ -16,11 +15,8 @@ from jax import P
 
 from jaxgpt.config.schema import ModelConfig, RopePositions
 from jaxgpt.mesh import BATCH, gather
-from jaxgpt.models.kernels import contract, project
+from jaxgpt.models.kernels import attention, contract, project
 from jaxgpt.models.layers import Draw, scales
-
-FAR = -1e30
-"""Score of a masked pair; finite, so that a row with nothing to see gives no NaN."""
 
 
 def rope_frequencies(config: RopePositions, head_dim: int) -> jax.Array:
@@ -76,7 +72,12 @@ def attend(
     heads = jax.typeof(q_BTHK).sharding.spec[2]
     groups = jax.typeof(k_BGSK).sharding.spec[1]
     keys, rows = P(BATCH, groups, None, None), P(BATCH, None)
-    local = functools.partial(_attend, window=window, softcap=softcap)
+
+    def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
+        if groups != heads:  # one key head for all: its gradient is summed over the devices that share it
+            k, v = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (k, v))
+        return _attend(q, k, v, *rest, window=window, softcap=softcap)
+
     return jax.shard_map(
         local,
         in_specs=(P(BATCH, None, heads, None), keys, keys, rows, rows, P()),
@@ -87,14 +88,10 @@ def attend(
 def _attend(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, first, *, window, softcap):
     (B, T, H, K), (_, G, S, _) = q_BTHK.shape, k_BGSK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
     behind_TS = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
     near_TS = behind_TS >= 0 if window is None else (behind_TS >= 0) & (behind_TS < window)
     seen_BTS = near_TS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
-    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, FAR), axis=-1)
-    out_BGRTK = jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v_BGSK.dtype), v_BGSK)
+    out_BGRTK = attention(q_BGRTK, k_BGSK, v_BGSK, seen_BTS, softcap)
     return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 

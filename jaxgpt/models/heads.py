@@ -8,10 +8,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 
 from jaxgpt.config.schema import ModelConfig
-from jaxgpt.mesh import BATCH, gather
+from jaxgpt.mesh import gather
+from jaxgpt.models.kernels import project
 from jaxgpt.models.net import Net, functional
 from jaxgpt.models.transformer import Backbone
 
@@ -40,8 +40,7 @@ class LanguageModel(nnx.Module):
         """Unnormalised log-probabilities of the next token, [B, T, V] float32."""
         matrix = self.backbone.embed_VD if self.unembed_VD is None else self.unembed_VD
         w_VD = gather(matrix[...], hidden_BTD.dtype)
-        spec = P(BATCH, None, "tensor")
-        logits_BTV = jnp.einsum("btd,vd->btv", hidden_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=spec)
+        logits_BTV = project(hidden_BTD, w_VD.T, jnp.float32)
         logits_BTV = logits_BTV * self.c.logit_scale
         cap = self.c.logit_softcap
         return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)

@@ -18,6 +18,8 @@ from jax import P
 
 from jaxgpt.mesh import BATCH
 
+FAR = -1e30
+"""Score of a pair that is not seen; finite, so that a row with nothing to see gives no NaN."""
 _once = jax.lax.optimization_barrier
 
 
@@ -31,17 +33,17 @@ def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, axes, to="varying")
 
 
-def project(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
-    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...]."""
+def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
+    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...], in `dtype` or that of x."""
     outputs = jax.typeof(w).sharding.spec[1:]
     out = P(BATCH, None, *outputs)
     if not on_cpu():
-        return jnp.tensordot(x_BTI, w, axes=1, out_sharding=out)
+        return jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out)
 
     def local(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
         x_BTI = _vary(x_BTI, ("tensor",)) if "tensor" in outputs else x_BTI
         y = _matmul(x_BTI, _vary(w, BATCH).reshape(w.shape[0], -1))
-        return y.reshape(*y.shape[:2], *w.shape[1:])
+        return y.astype(dtype or y.dtype).reshape(*y.shape[:2], *w.shape[1:])
 
     return jax.shard_map(local, in_specs=(P(BATCH, None, None), P(None, *outputs)), out_specs=out)(x_BTI, w)
 
@@ -98,3 +100,47 @@ def once_computed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.A
 
     kept.defvjp(forward, backward)
     return lambda x: kept(x) if on_cpu() else function(x)
+
+
+def attention(
+    q_BGRTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, seen_BTS: jax.Array, softcap: float | None = None
+) -> jax.Array:
+    """softmax(q k) v over the seen keys, [B, G, R, T, K]; scores and softmax are float32. Queries come scaled."""
+    if on_cpu() and softcap is None:
+        return _attention(q_BGRTK, k_BGSK, v_BGSK, seen_BTS)
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32)
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
+    weights = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], scores, FAR), axis=-1)
+    return jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v_BGSK.dtype), v_BGSK)
+
+
+@jax.custom_vjp
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> jax.Array:
+    return _attention_forward(q, k, v, seen)[0]
+
+
+def _attention_forward(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array) -> tuple[jax.Array, tuple]:
+    scores = jnp.einsum("bgrtk,bgsk->bgrts", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(seen[:, None, None], scores, FAR)
+    weights = _once(jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True)))
+    share = 1.0 / jnp.sum(weights, axis=-1, keepdims=True)
+    out = jnp.einsum("bgrts,bgsk->bgrtk", weights.astype(v.dtype), v, preferred_element_type=jnp.float32) * share
+    return out.astype(q.dtype), (q, k, v, weights, share, out)
+
+
+def _attention_backward(saved: tuple, d_out: jax.Array) -> tuple:
+    """With e = exp(scores) and l its sum, the gradient of the scores is e (d_out v - d_out out) / l."""
+    q, k, v, weights, share, out = saved
+    d_out = d_out.astype(jnp.float32)
+    inner = jnp.sum(d_out * out, axis=-1, keepdims=True) * share
+    d_out = d_out * share
+    d_v = jnp.einsum("bgrts,bgrtk->bgsk", weights, d_out)
+    d_weights = jnp.einsum("bgrtk,bgsk->bgrts", d_out, v.astype(jnp.float32))
+    d_scores = _once(weights * (d_weights - inner))
+    d_q = jnp.einsum("bgrts,bgsk->bgrtk", d_scores, k.astype(jnp.float32))
+    d_k = jnp.einsum("bgrts,bgrtk->bgsk", d_scores, q.astype(jnp.float32))
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
