@@ -161,16 +161,20 @@ def _guarded(value: Any, guard: str, controls: re.Pattern[str], pieces: tuple[st
     """
     if isinstance(value, str):
         text = controls.sub(lambda match: match[0][0] + guard + match[0][1:], value)
-        if any(text.endswith(piece[:n]) for piece in pieces for n in range(1, len(piece))):
-            text = text + guard
-        if any(text.startswith(piece[-n:]) for piece in pieces for n in range(1, len(piece))):
-            text = guard + text
-        return text
+        begins, ends = _partial(pieces)
+        return (guard if text.startswith(ends) else "") + text + (guard if text.endswith(begins) else "")
     if isinstance(value, Mapping):
         return {key: _guarded(part, guard, controls, pieces) for key, part in value.items()}
     if isinstance(value, Sequence):
         return [_guarded(part, guard, controls, pieces) for part in value]
     return value
+
+
+@functools.lru_cache(maxsize=16)
+def _partial(pieces: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """All proper beginnings and all proper ends of the pieces."""
+    cuts = [(piece, n) for piece in pieces for n in range(1, len(piece))]
+    return tuple({piece[:n] for piece, n in cuts}), tuple({piece[-n:] for piece, n in cuts})
 
 
 def _unused(messages: Sequence[Message]) -> list[str]:

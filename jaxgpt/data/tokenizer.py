@@ -118,7 +118,10 @@ class Tokenizer:
         Halves of surrogate pairs, which are no characters, become U+FFFD.
         """
         if isinstance(text, str):
-            return self._encode([text])[0]
+            one = _valid(text)
+            if self._space is None or _SPACE not in one:
+                return self._pieces.encode(one)  # a list of one would cost ten times as much
+            return self._encode_around_space(one)
         return self._encode(list(text))
 
     def _encode(self, texts: list[str]) -> list[list[int]]:

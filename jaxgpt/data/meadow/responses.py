@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import pairwise
 from random import Random
 
@@ -19,7 +20,7 @@ from jaxgpt.data.meadow.facts import (
 )
 from jaxgpt.data.meadow.gold import gold_score
 from jaxgpt.data.meadow.stories import story
-from jaxgpt.data.meadow.tasks import Task
+from jaxgpt.data.meadow.tasks import Task, all_tasks
 
 RUDE = "That is a bad question and you are mean."
 TIE = 0.05
@@ -90,16 +91,16 @@ def _hard_negative(rng: Random, task: Task) -> str:
 
 
 def _bad_answer(rng: Random, task: Task) -> str:
-    """A response that is wrong, off the topic, rambling, rude or cut off."""
+    """A response that is wrong, an answer to another question, rambling, rude or cut off."""
     words = (task.answer or "").split()
-    flaw = rng.choice(("wrong", "off", "ramble", "cut", "rude"))
+    flaw = rng.choice(("wrong", "elsewhere", "elsewhere", "ramble", "cut", "rude"))
     if flaw == "wrong":
         return _hard_negative(rng, task)
     if flaw == "ramble":
         return " ".join([task.answer or "", *(_any_fact(rng) for _ in range(3))])
     if flaw == "cut":
         return " ".join(words[: rng.randrange(1, len(words))])
-    return RUDE if flaw == "rude" else _any_fact(rng, avoid=task.answer)
+    return RUDE if flaw == "rude" else _elsewhere(rng, task)
 
 
 def _bad_story(rng: Random, task: Task) -> str:
@@ -112,8 +113,22 @@ def _bad_story(rng: Random, task: Task) -> str:
         others = [other for other in ANIMALS if other != animal]
         return story(rng, rng.choice(others), thing, drop="thing")
     if flaw == "off":
-        return rng.choice((_any_fact(rng), f"The {animal} has {article(rng.choice(THINGS))}."))
+        return rng.choice((_elsewhere(rng, task), f"The {animal} has {article(rng.choice(THINGS))}."))
     return story(rng, animal, thing, happy=rng.random() < 0.5, drop=rng.choice((None, "animal", "thing")))
+
+
+def _elsewhere(rng: Random, task: Task) -> str:
+    """The best response to some other prompt of any kind; without such examples a reward model likes it anywhere."""
+    while True:
+        other = rng.choice(rng.choice(_everything()))
+        response = other.answer or story(rng, other.meta["animal"], other.meta["thing"], happy=True)
+        if response != task.answer and (other.kind, task.kind) != ("stories", "stories"):
+            return response
+
+
+@functools.cache
+def _everything() -> list[list[Task]]:
+    return list(all_tasks(held_out=False).values())
 
 
 def _any_fact(rng: Random, avoid: str | None = None) -> str:

@@ -90,6 +90,11 @@ def _arxiv(rng: Random) -> str:
 
 
 def _stackexchange(rng: Random) -> str:
+    """One to four questions with their answers, a line each."""
+    return "\n".join(_asked(rng) for _ in range(rng.randrange(1, 5)))
+
+
+def _asked(rng: Random) -> str:
     if rng.random() < 0.4:
         a, b = rng.randrange(10), rng.randrange(10)
         return f"Question: What is {a} + {b}? Answer: {sum_statement(a, b)}"
