@@ -5,8 +5,11 @@ Reads and writes files.
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +19,6 @@ from orbax.checkpoint import v1 as ocp
 
 from jaxgpt.errors import UserError
 from jaxgpt.train.state import State, fingerprint
-
-_POLICIES = ocp.training.preservation_policies
 
 
 class DamagedCheckpoint(Exception):
@@ -45,21 +46,31 @@ def _tree(state: State) -> dict[str, Any]:
     }
 
 
-class Checkpoints:
-    """The checkpoints of one stage: saved asynchronously, the latest `keep` and the best of them kept."""
+class _Kept:
+    """Orbax's question which checkpoints stay: the latest `keep`, and the one of step `best`."""
 
-    def __init__(self, folder: Path, keep: int):
-        best = _POLICIES.BestN(
-            get_metric_fn=lambda metrics: metrics["quality"], n=1, keep_checkpoints_without_metrics=False
-        )
-        self._folder = folder.absolute()
-        self._keep = _POLICIES.AnyPreservationPolicy([_POLICIES.LatestN(keep), best])
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.best: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """A verdict on each checkpoint, given in ascending order."""
+        first = len(checkpoints) - self.keep
+        return [i >= first or checkpoint.step == self.best for i, checkpoint in enumerate(checkpoints)]
+
+
+class Checkpoints:
+    """The checkpoints of one stage, saved asynchronously; `warn` is told of each that turns out to be damaged."""
+
+    def __init__(self, folder: Path, keep: int, warn: Callable[[str], None] = print):
+        self._folder, self._warn = folder.absolute(), warn
+        self._kept = _Kept(keep)
         self._pending: Any = None
         self._open()
 
     def _open(self) -> None:
         self._orbax = ocp.training.Checkpointer(
-            str(self._folder), cleanup_tmp_directories=True, preservation_policy=self._keep
+            str(self._folder), cleanup_tmp_directories=True, preservation_policy=self._kept
         )
 
     @property
@@ -67,17 +78,16 @@ class Checkpoints:
         """Steps with a complete checkpoint, ascending."""
         return sorted(c.step for c in self._orbax.checkpoints)
 
-    def save(self, state: State, host: Mapping[str, Any], quality: float | None) -> None:
+    def save(self, state: State, host: Mapping[str, Any], best: int | None = None) -> None:
         """Begins a checkpoint of the state and of `host` (JSON); waits only for the copy off the device.
 
-        Raises what an earlier save ran into.
+        Beside the latest, the checkpoint of step `best` stays. Raises what an earlier save ran into.
         """
         self.wait()
+        self._kept.best = best
         tree = _tree(state)
-        meta = {**host, "fingerprint": fingerprint(tree)}
-        metrics = None if quality is None else {"quality": quality}
-        step = int(state.step)
-        self._pending = self._orbax.save_async(step, tree, force=True, metrics=metrics, custom_metadata=meta)
+        meta = {"host": dict(host), "layout": _layout(tree), "seal": _seal(tree, host)}
+        self._pending = self._orbax.save_async(int(state.step), tree, force=True, custom_metadata=meta)
 
     def wait(self) -> None:
         """Waits for the save under way, and raises what it ran into."""
@@ -88,42 +98,54 @@ class Checkpoints:
     def restore(self, target: State, step: int | None = None) -> tuple[State, dict[str, Any]] | None:
         """The newest good checkpoint (or that of `step`), and the JSON saved with it; None where there is none.
 
-        A damaged one is set aside with its name kept, and the one before is taken. Raises UserError where the
-        checkpoint is of another architecture, or where all are damaged.
+        A damaged one is set aside under another name, and the one before is taken. Raises UserError where the
+        checkpoint is of another architecture, or where none can be read.
         """
         found = [s for s in reversed(self.steps) if step is None or s == step]
+        damaged: dict[int, DamagedCheckpoint] = {}
         for candidate in found:
             try:
                 state, host = self._load(candidate, target)
-            except DamagedCheckpoint:
+            except DamagedCheckpoint as error:
+                damaged[candidate] = error
                 continue
-            self._set_aside([s for s in self.steps if s > candidate] if step is None else [])
+            self._set_aside(damaged)
             return state, host
-        if found:
-            raise UserError(f"{self._folder}: every checkpoint ({', '.join(map(str, found))}) is damaged")
+        if damaged:
+            reasons = "".join(f"\n  {error}" for error in damaged.values())
+            raise UserError(f"{self._folder}: every checkpoint is damaged; remove it to begin again{reasons}")
         return None
 
     def _load(self, step: int, target: State) -> tuple[State, dict[str, Any]]:
-        where = f"{self._folder}/{step}"
+        try:
+            return self._read(step, target)
+        except DamagedCheckpoint:  # or a disk that failed for a moment
+            return self._read(step, target)
+
+    def _read(self, step: int, target: State) -> tuple[State, dict[str, Any]]:
+        where, wanted = f"{self._folder}/{step}", abstract(_tree(target))
         try:
             saved = self._orbax.metadata(step)
-            wanted = abstract(_tree(target))
-            check_same(saved.metadata, wanted, where)
+            meta = saved.custom_metadata or {}
+            if meta.get("layout") != _layout(wanted):
+                check_same(saved.metadata, wanted, where)
             tree = self._orbax.load(step, wanted)
-        except UserError:
+            if _seal(tree, meta["host"]) != meta["seal"]:
+                raise ValueError("the contents are not those that were saved")
+        except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:
-            raise DamagedCheckpoint(f"{where}: {error}") from error
-        host = dict(saved.custom_metadata or {})
-        if fingerprint(tree) != host.pop("fingerprint", None):
-            raise DamagedCheckpoint(f"{where}: the arrays are not those that were saved")
-        return State(**tree), host
+            raise DamagedCheckpoint(f"{where}: {_first_line(error)}") from error
+        return State(**tree), meta["host"]
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if not steps or jax.process_index() != 0:
+    def _set_aside(self, damaged: Mapping[int, DamagedCheckpoint]) -> None:
+        if not damaged or jax.process_index() != 0:
             return
-        for step in steps:
-            (self._folder / str(step)).rename(self._folder / f"damaged-{step}")
+        for step, error in damaged.items():
+            names = (self._folder / f"damaged-{step}{'+' * tries}" for tries in itertools.count())
+            aside = next(name for name in names if not name.exists())
+            (self._folder / str(step)).rename(aside)
+            self._warn(f"damaged checkpoint, now called {aside.name}: {error}; the one before is taken")
         self._orbax.close()
         self._open()
 
@@ -133,21 +155,43 @@ class Checkpoints:
         self._orbax.close()
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """What stands under each name of a tree, in words."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{tuple(leaf.shape)} {leaf.dtype}"
+        for path, leaf in leaves
+    }
+
+
+def _layout(tree: Any) -> str:
+    return _digest(_arrays(tree))
+
+
+def _seal(tree: Any, host: Mapping[str, Any]) -> str:
+    """A hash of all that a checkpoint says."""
+    return _digest([_arrays(tree), fingerprint(tree), host])
+
+
+def _digest(value: Any) -> str:
+    return hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def check_same(saved: Any, wanted: Any, where: str) -> None:
-    """Raises UserError where names or shapes differ: what is saved there is of another architecture."""
-    have, need = _shapes(saved), _shapes(wanted)
+    """Raises UserError where names, shapes or dtypes differ: what is saved there is of another architecture."""
+    have, need = _arrays(saved), _arrays(wanted)
     problems = [
         f"{name} is {have[name]} there, {need[name]} here" for name in need if have.get(name, need[name]) != need[name]
     ]
     problems += [f"{name} is not there" for name in need.keys() - have.keys()]
     problems += [f"{name} is there and has no place here" for name in have.keys() - need.keys()]
     if problems:
-        shown = "; ".join(sorted(problems)[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        problems.sort(key=lambda text: (not text.startswith("params/"), text))
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
         raise UserError(
             f"{where} is of another architecture: {shown}. Use the model section it was trained with, or another name."
         )
@@ -156,7 +200,10 @@ def check_same(saved: Any, wanted: Any, where: str) -> None:
 def save_params(folder: Path, params: Any, meta: Mapping[str, Any]) -> str:
     """Writes parameters alone, with a JSON description; returns their fingerprint."""
     mark = fingerprint(params)
-    ocp.save(str(folder.absolute()), params, overwrite=True, custom_metadata={**meta, "fingerprint": mark})
+    meta = {**meta, "layout": _layout(params), "fingerprint": mark}
+    for part in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):  # of a process that was killed
+        shutil.rmtree(part, ignore_errors=True)
+    ocp.save(str(folder.absolute()), params, overwrite=True, custom_metadata=meta)
     return mark
 
 
@@ -173,15 +220,17 @@ def load_params(folder: Path, target: Any) -> Any:
 
     Raises UserError where they are of another architecture or damaged.
     """
-    where = str(folder.absolute())
-    meta = params_meta(folder)
-    check_same(ocp.metadata(where).metadata, target, str(folder))
-    params = ocp.load(where, abstract(target))
-    if fingerprint(params) != meta.get("fingerprint"):
-        raise UserError(f"{folder}: the parameters there are damaged; remove the stage's folder and train it again")
+    where, meta = str(folder.absolute()), params_meta(folder)
+    try:
+        if meta.get("layout") != _layout(target):
+            check_same(ocp.metadata(where).metadata, target, str(folder))
+        params = ocp.load(where, abstract(target))
+        if fingerprint(params) != meta["fingerprint"]:
+            raise ValueError("the arrays are not those that were saved")
+    except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{folder}: damaged ({_first_line(error)}); remove {folder.parent} and train that stage again"
+        ) from error
     return params
-
-
-def clear(folder: Path) -> None:
-    """Removes a folder that an unfinished write may have left."""
-    shutil.rmtree(folder, ignore_errors=True)

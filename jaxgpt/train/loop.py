@@ -22,6 +22,7 @@ import optax
 from rich.console import Console
 
 from jaxgpt.config.schema import StageConfig
+from jaxgpt.errors import UserError
 from jaxgpt.models.net import Params, count
 from jaxgpt.train.checkpoint import Checkpoints, save_params
 from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
@@ -39,7 +40,7 @@ class Drawn(NamedTuple):
     extras: dict[str, jax.Array]
     """The state's extras from now on."""
     metrics: Mapping[str, jax.Array] = types.MappingProxyType({})
-    """Figures to log with the step, as device scalars."""
+    """Figures to log with the step, as device scalars of their own: the arrays of `extras` are used up by the step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,9 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
     Writes metrics.jsonl, checkpoints/ and, at the end, params/ and done.json (returned). `meta` goes into params/.
     Raises Preempted once the state is saved after SIGTERM or SIGINT.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.checkpoint.keep, lambda text: console.print(text, highlight=False)
+    )
     stop = _Stop()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     session = None
@@ -100,7 +103,10 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
         state, host = _first_state(stage, checkpoints)
         session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host)
         state = session.run(state)
-        return _finish(stage, folder, state, session.clock, meta)
+        done = _finish(stage, folder, state, session.clock, meta)
+        if stop.asked:
+            raise Preempted(f"{stage.name}: finished, and asked to stop; the same command goes on")
+        return done
     finally:
         if session is not None:
             session.close()
@@ -160,37 +166,45 @@ class _Session:
             self._report()
             self.late = (n + 1, {**metrics, **drawn.metrics})
             last = n + 1 == stage.steps
-            quality = self._evaluate(n + 1, state) if last or (n + 1) % self.config.eval_every == 0 else None
-            self._checkpoint(n + 1, state, quality, last)
+            stands = last or stage.boundary(n + 1)
+            if last or (n + 1) % self.config.eval_every == 0:
+                self._evaluate(n + 1, state, stands)
+            if stands:
+                self._checkpoint(n + 1, state, last)
         self._report()
-        if self.config.best == "best" and self.best is not None and self.best["step"] != int(state.step):
-            restored = self.checkpoints.restore(_target(stage), self.best["step"])
-            assert restored is not None, "the best checkpoint is always kept"
-            return restored[0]
-        return state
+        self.checkpoints.wait()
+        return self._best(state) if self.config.best == "best" else state
 
-    def _evaluate(self, n: int, state: State) -> float | None:
+    def _best(self, state: State) -> State:
+        if self.best is None or self.best["step"] == int(state.step):
+            return state
+        restored = self.checkpoints.restore(_target(self.stage), self.best["step"])
+        if restored is None:
+            raise UserError(f"{self.stage.name}: the best checkpoint, of step {self.best['step']}, is gone")
+        return restored[0]
+
+    def _evaluate(self, n: int, state: State, stands: bool) -> None:
+        """Measures the parameters; they may become the best where a checkpoint can stand (`stands`)."""
         if self.stage.evaluate is None:
-            return None
+            return
         self._report()
         figures = self.stage.evaluate(state.params)
-        self._emit({"step": n, "eval": figures, "time": {"seconds": round(self.clock.seconds, 3)}})
+        shown = {name: _finite(value) for name, value in figures.items()}
+        self._emit({"step": n, "eval": shown, "time": {"seconds": round(self.clock.seconds, 3)}})
         self.clock.skip()
-        quality = self.stage.quality(figures) if self.stage.quality else None
-        if quality is not None and (self.best is None or quality > self.best["quality"]):
+        quality = self.stage.quality(figures) if self.stage.quality and stands else math.nan
+        if math.isfinite(quality) and (self.best is None or quality > self.best["quality"]):
             self.best = {"step": n, "quality": quality}
-        return quality
 
-    def _checkpoint(self, n: int, state: State, quality: float | None, last: bool) -> None:
-        every = self.config.checkpoint.every
-        wanted = self.config.best == "best" and self.best is not None and self.best["step"] == n
-        due = last or wanted or self.stop.asked or n // every > self.saved // every
-        if not due or not (last or self.stage.boundary(n)):
+    def _checkpoint(self, n: int, state: State, last: bool) -> None:
+        every, best = self.config.checkpoint.every, self.best["step"] if self.best is not None else None
+        wanted = self.config.best == "best" and best == n
+        if not (last or wanted or self.stop.asked or n // every > self.saved // every):
             return
         self._report()
         for writer in self.writers:
             writer.flush()
-        self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best}, quality)
+        self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best}, best)
         self.saved = n
         if self.stop.asked and not last:
             self.checkpoints.wait()

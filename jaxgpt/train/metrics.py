@@ -60,7 +60,7 @@ def _keep_upto(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
@@ -82,6 +82,10 @@ SHOWN = {
     "grad_norm": "gnorm",
 }
 """Figures of the console line, by their key in metrics.jsonl."""
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 class ConsoleLine:
@@ -106,10 +110,10 @@ class ConsoleLine:
     def write(self, line: Values) -> None:
         """Shows a line's figures."""
         if "eval" in line:
-            figures = "  ".join(f"{key} {value:.4g}" for key, value in line["eval"].items())
+            figures = "  ".join(f"{key} {_shown(value)}" for key, value in line["eval"].items())
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
             return
-        figures = "  ".join(f"{short} {line[key]:.4g}" for key, short in SHOWN.items() if line.get(key) is not None)
+        figures = "  ".join(f"{short} {_shown(line[key])}" for key, short in SHOWN.items() if key in line)
         figures += f"  {line['time']['tokens_per_second']:,.0f} tok/s"
         if line["time"]["wait"] > 0.02:
             figures += f"  wait {line['time']['wait']:.0%}"

@@ -30,8 +30,8 @@ class State:
 
 def initial_state(params: Params, tx: optax.GradientTransformation, extras: dict[str, jax.Array]) -> State:
     """The state before the first step; traceable, so that eval_shape gives the target of a restore."""
-    zero = jnp.zeros((), jnp.int32)
-    return State(step=zero, skipped=zero, params=params, opt=tx.init(params), extras=extras)
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers: the step takes them both
+    return State(step=step, skipped=skipped, params=params, opt=tx.init(params), extras=extras)
 
 
 def _words(x: jax.Array) -> jax.Array:

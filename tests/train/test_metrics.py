@@ -1,0 +1,91 @@
+"""metrics.jsonl tells of every step once, whatever interrupted it; the console says the same in plain lines."""
+
+import io
+import json
+import time
+
+from rich.console import Console
+
+from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
+
+TIME = {"seconds": 1.0, "tokens_per_second": 1234.5, "wait": 0.5}
+
+
+def line(step, **values):
+    return {"step": step, "loss": 1.5, "skipped": 0, "time": TIME} | values
+
+
+def read(path):
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_lines_after_the_restored_step_are_cut(tmp_path):
+    path = tmp_path / "stage" / "metrics.jsonl"
+    writer = JsonLines(path, after=0)
+    for step in range(1, 6):
+        writer.write(line(step))
+        if step % 2 == 0:
+            writer.write({"step": step, "eval": {"nll": 2.0}})
+    writer.close()
+    writer = JsonLines(path, after=4)
+    writer.write(line(5, loss=9.0))
+    writer.close()
+    assert [(found["step"], "eval" in found) for found in read(path)] == [
+        (1, False), (2, False), (2, True), (3, False), (4, False), (4, True), (5, False)
+    ]  # fmt: skip
+    assert read(path)[-1]["loss"] == 9.0
+    JsonLines(path, after=0).close()
+    assert read(path) == []
+
+
+def test_a_half_written_line_goes(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps(line(1)) + "\n"
+    for torn in ('{"step": 2, "lo', "2", '{"st', "\x00\x00\x00", '{"loss": 1.0}'):
+        path.write_text(good + torn)
+        JsonLines(path, after=9).close()
+        assert path.read_text() == good
+    path.write_bytes(good.encode() + b'{"step": 2, "name": "\xc3')
+    JsonLines(path, after=9).close()
+    assert path.read_text() == good
+    path.write_text(good.rstrip("\n"))  # whole but for its end of line
+    writer = JsonLines(path, after=9)
+    writer.write(line(2))
+    writer.close()
+    assert [found["step"] for found in read(path)] == [1, 2]
+
+
+def test_flushed_lines_are_on_the_disk(tmp_path):
+    writer = JsonLines(tmp_path / "metrics.jsonl", after=0)
+    writer.write(line(1))
+    writer.flush()
+    assert [found["step"] for found in read(tmp_path / "metrics.jsonl")] == [1]
+    writer.close()
+
+
+def test_the_console_has_plain_lines_where_it_is_no_terminal():
+    out = io.StringIO()
+    writer = ConsoleLine(Console(file=out, width=200), "sft", steps=5, start=0, every=2)
+    for step in range(1, 6):
+        writer.write(line(step, lr=0.001, loss=None if step == 4 else 1.5, skipped=int(step == 4)))
+    writer.write({"step": 5, "eval": {"nll": 0.25, "accuracy": None}, "time": TIME})
+    writer.close()
+    assert out.getvalue().splitlines() == [
+        "sft step 2/5  loss 1.5  lr 0.001  1,234 tok/s  wait 50%",
+        "sft step 4/5  loss not finite  lr 0.001  1,234 tok/s  wait 50%  skipped 1",
+        "sft step 5/5  loss 1.5  lr 0.001  1,234 tok/s  wait 50%",
+        "sft step 5/5  eval  nll 0.25  accuracy not finite",
+    ]
+
+
+def test_the_clock_goes_on_from_earlier_starts_and_leaves_evaluations_out():
+    clock = Clock(100.0, tokens_per_step=50)
+    since = clock.now()
+    time.sleep(0.05)
+    clock.waited(since)
+    lap = clock.lap()
+    assert 100.05 <= lap["seconds"] < 110 and lap["tokens_per_second"] <= 1000 and 0.5 < lap["wait"] <= 1
+    time.sleep(0.2)
+    clock.skip()
+    lap = clock.lap()
+    assert lap["tokens_per_second"] > 1000 and lap["wait"] == 0.0 and lap["seconds"] >= 100.25
