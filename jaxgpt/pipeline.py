@@ -25,7 +25,7 @@ from jaxgpt.data.records import file_hash, read_fields, read_texts
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
-from jaxgpt.evaluate.suite import Suite
+from jaxgpt.evaluate.suite import Suite, check_evaluate
 from jaxgpt.mesh import make_mesh
 from jaxgpt.report import summary_table, write_report
 from jaxgpt.stages import ppo, pretrain, reward, sft
@@ -83,6 +83,8 @@ class Pipeline:
         asked = [name for name in STAGES if getattr(self.config, name) is not None]
         if not asked:
             raise UserError(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
+        if self.config.evaluate is not None:
+            check_evaluate(self.config.evaluate)
         self.prepare()
         self.tokenizer()
         for name in asked:
@@ -231,8 +233,7 @@ class Pipeline:
         if c is None:
             raise UserError("the config has no section evaluate")
         inputs = {"evaluate": c.model_dump(mode="json"), "stages": {name: self._mark(name) for name in STAGES}}
-        if c.data is not None:
-            inputs["files"] = _short(self.paths(c.data.path))
+        inputs["files"] = [_short(self.paths(given.path)) for given in (c.data, c.exact) if given is not None]
         if _same_inputs(home, inputs) and (home / "results.json").exists():
             self.console.print("evaluate  finished", highlight=False)
             return

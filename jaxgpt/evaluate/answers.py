@@ -22,17 +22,11 @@ class Answers(NamedTuple):
     responses: list[Generation]
 
 
-def messages_of(record: Record) -> list[dict[str, str]]:
-    """The conversation a record asks to continue."""
-    prompt = record.get("messages", record.get("prompt"))
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
-
-
 def answer(
-    model: Model, records: Sequence[Record], max_tokens: int, temperature: float, batch: int, seed: int
+    model: Model, prompts: Sequence[Sequence[int]], max_tokens: int, temperature: float, batch: int, seed: int
 ) -> Answers:
-    """Responses in chat form, a batch at a time; the last batch is filled up so that one program serves all."""
-    prompts = [model.chat_tokens(messages_of(record)) for record in records]
+    """Responses to prompts in tokens, a batch at a time; every batch is filled up so that one program serves all."""
+    prompts = [list(prompt) for prompt in prompts]
     responses: list[Generation] = []
     longest = max(prompts, key=len, default=[])
     for at in range(0, len(prompts), batch):
@@ -47,7 +41,7 @@ def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation]) ->
     hits: dict[str, list[bool]] = defaultdict(list)
     for record, response in zip(records, responses, strict=True):
         if record.get("answer") is not None:
-            hits[record.get("kind", "all")].append(response.text.strip() == record["answer"].strip())
+            hits[_kind(record)].append(response.text.strip() == str(record["answer"]).strip())
     return {kind: float(np.mean(found)) for kind, found in sorted(hits.items())}
 
 
@@ -55,8 +49,12 @@ def mean_by_kind(records: Sequence[Record], values: np.ndarray) -> dict[str, flo
     """Means of one value a record, by kind."""
     groups: dict[str, list[float]] = defaultdict(list)
     for record, value in zip(records, values, strict=True):
-        groups[record.get("kind", "all")].append(float(value))
+        groups[_kind(record)].append(float(value))
     return {kind: float(np.mean(found)) for kind, found in sorted(groups.items())}
+
+
+def _kind(record: Record) -> str:
+    return str(record.get("kind", "all"))
 
 
 def gold_scores(scorer: Scorer, records: Sequence[Record], responses: Sequence[Generation]) -> np.ndarray:

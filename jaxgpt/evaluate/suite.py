@@ -14,12 +14,12 @@ from rich.console import Console
 
 from jaxgpt.api import Model, load
 from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
+from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_rankings
 from jaxgpt.data.records import read_jsonl
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.answers import (
     Answers,
-    Record,
     answer,
     exact_by_kind,
     few_shot_prompt,
@@ -33,30 +33,44 @@ from jaxgpt.evaluate.rewards import reward_accuracy
 from jaxgpt.evaluate.scorer import load_scorer
 
 
+def check_evaluate(evaluate: EvaluateConfig) -> None:
+    """Raises UserError for what would only be found out at the end of a run: no prompts, no such scorer."""
+    if evaluate.data is None:
+        raise UserError("evaluate.data.path is not set: a JSONL file of held-out prompts")
+    if evaluate.scorer is not None:
+        load_scorer(evaluate.scorer, "evaluate.scorer")
+
+
 class Suite:
     """The evaluations of one run."""
 
     def __init__(self, folder: Path, config: Config, evaluate: EvaluateConfig, mesh: MeshConfig, console: Console):
-        if evaluate.data is None:
-            raise UserError("evaluate.data.path is not set: a JSONL file of held-out prompts")
+        check_evaluate(evaluate)
+        assert evaluate.data is not None
         self.folder, self.config, self.c, self.console = folder, config, evaluate, console
         self.models = {
             name: load(folder / name, mesh=mesh)
             for name in ("pretrain", "sft", "reward", "ppo")
             if (folder / name / "done.json").is_file()
         }
-        self.records = self._records(evaluate.data.path)
-        self.exact = self._records(evaluate.exact.path) if evaluate.exact is not None else self.records
-        self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer else None
+        if not self.models:
+            raise UserError(f"{folder}: no stage is finished, so there is nothing to evaluate; train one first")
+        self.asked = self._prompts(evaluate.data.path)
+        self.exact = self._prompts(evaluate.exact.path) if evaluate.exact is not None else self.asked
+        self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer is not None else None
 
-    def _records(self, path: str | tuple[str, ...]) -> list[Record]:
-        given = [path] if isinstance(path, str) else path
-        return [record.value for record in read_jsonl([p.replace("{run}", str(self.folder)) for p in given])]
+    def _paths(self, given: str | tuple[str, ...]) -> list[str]:
+        return [path.replace("{run}", str(self.folder)) for path in ([given] if isinstance(given, str) else given)]
+
+    def _prompts(self, path: str | tuple[str, ...]) -> PromptRows:
+        model = next(iter(self.models.values()))
+        room = model.config.context - self.c.max_tokens
+        return load_prompts(self._paths(path), model.tokenizer, room, "model.context - evaluate.max_tokens")
 
     def run(self) -> dict[str, Any]:
         """Everything, as JSON."""
         began = time.monotonic()
-        results: dict[str, Any] = {"prompts": len(self.records), "stages": {}}
+        results: dict[str, Any] = {"prompts": len(self.asked), "stages": {}}
         if "pretrain" in self.models:
             results["base_chat_exact"] = self._exact(self.models["pretrain"])
             if self.c.few_shot:
@@ -74,12 +88,12 @@ class Suite:
         return results | {"seconds": round(time.monotonic() - began, 2)}
 
     def _exact(self, model: Model) -> dict[str, float]:
-        answers = answer(model, self.exact, self.c.max_tokens, 0.0, self.c.batch, 0)
-        return exact_by_kind(self.exact, answers.responses)
+        answers = answer(model, self.exact.prompts, self.c.max_tokens, 0.0, self.c.batch, 0)
+        return exact_by_kind(self.exact.records, answers.responses)
 
     def _few_shot_exact(self, model: Model) -> dict[str, float]:
         """The base model asked in the form of a document: the first sentence of its continuation counts."""
-        records = [r for r in self.exact if r.get("answer") is not None and isinstance(r.get("prompt"), str)]
+        records = [r for r in self.exact.records if r.get("answer") is not None and isinstance(r.get("prompt"), str)]
         prompts = [few_shot_prompt(self.c.few_shot, record["prompt"]) for record in records]
         responses = []
         for at in range(0, len(prompts), self.c.batch):
@@ -90,12 +104,12 @@ class Suite:
     def _assistant(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         model, c = self.models[name], self.c
         found: dict[str, Any] = {"exact": self._exact(model)}
-        answers = answer(model, self.records, c.max_tokens, c.temperature, c.batch, self.config.seed + 1)
-        scores = np.zeros(len(self.records))
+        answers = answer(model, self.asked.prompts, c.max_tokens, c.temperature, c.batch, self.config.seed + 1)
+        scores = np.zeros(len(self.asked))
         if self.scorer is not None:
-            scores = gold_scores(self.scorer, self.records, answers.responses)
+            scores = gold_scores(self.scorer, self.asked.records, answers.responses)
             found["gold"] = float(np.mean(scores))
-            found["gold_by_kind"] = mean_by_kind(self.records, scores)
+            found["gold_by_kind"] = mean_by_kind(self.asked.records, scores)
         if "reward" in self.models:
             found["reward"] = float(np.mean(rewards(self.models["reward"], answers, c.batch)))
         found["eos_rate"] = float(np.mean([response.ended for response in answers.responses]))
@@ -111,8 +125,7 @@ class Suite:
         config = self.config.reward
         if config is None or config.data is None or config.data.eval_path is None:
             return {}
-        given = config.data.eval_path
-        paths = [p.replace("{run}", str(self.folder)) for p in ([given] if isinstance(given, str) else given)]
+        paths = self._paths(config.data.eval_path)
         kinds = [record.value.get("kind", "all") for record in read_jsonl(paths)]
         rows = load_rankings(paths, model.tokenizer, config.context, config.responses)
         return reward_accuracy(model, rows, kinds, self.c.batch)
@@ -132,5 +145,5 @@ class Suite:
         for name in ("sft", "ppo"):
             if name in self.models:
                 talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                columns[name] = self.models[name].chat(talks, c.max_tokens, c.temperature, 0)
+                columns[name] = self.models[name].chat(talks, c.max_tokens, 0.0)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
