@@ -31,7 +31,10 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     fixed = math.prod(size for size in sizes.values() if size != "auto")
     asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
     if fixed > devices:
-        raise UserError(f"{asked} needs {fixed} devices, and there are {devices}")
+        raise UserError(
+            f"{asked}: {fixed} devices are asked for, and there are {devices}; lower an axis, or set one to auto and "
+            "the others to 1"
+        )
     if "auto" in sizes.values() and devices % fixed:
         good = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise UserError(f"{asked}: {devices} devices do not divide by {fixed}; the fixed axes may multiply to {good}")

@@ -85,7 +85,18 @@ def attend(
     )(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, jnp.asarray(first, jnp.int32))
 
 
-def _attend(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, first, *, window, softcap):
+def _attend(
+    q_BTHK: jax.Array,
+    k_BGSK: jax.Array,
+    v_BGSK: jax.Array,
+    query_segments_BT: jax.Array,
+    key_segments_BS: jax.Array,
+    first: jax.Array,
+    *,
+    window: int | None,
+    softcap: float | None,
+) -> jax.Array:
+    """`attend` on one device's share."""
     (B, T, H, K), (_, G, S, _) = q_BTHK.shape, k_BGSK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
     behind_TS = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
@@ -114,7 +125,7 @@ class Attention(nnx.Module):
         self.q_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
         self.k_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
 
-    def project(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ...]:
+    def qkv(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ...]:
         """Scaled queries [B, T, H, K] and keys, values [B, G, T, K], positions applied."""
         c, dtype = self.c, x_BTD.dtype
         q_BTHK = self._part(x_BTD, self.q_DHK, self.q_bias_HK)

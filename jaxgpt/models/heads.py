@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import P
 
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.mesh import gather
@@ -24,7 +25,7 @@ class LanguageModel(nnx.Module):
         self.backbone = Backbone(c, vocab, rngs, dropout)
         std = c.init_std
         unembed = None if c.tied else jax.random.normal(rngs.params(), (vocab, c.width)) * std
-        self.unembed_VD = None if unembed is None else nnx.Param(unembed, sharding_names=("tensor", "fsdp"))
+        self.unembed_VD = None if unembed is None else nnx.Param(unembed, out_sharding=("tensor", "fsdp"))
 
     def hidden(
         self,
@@ -52,13 +53,14 @@ class ScalarModel(nnx.Module):
     def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs):
         self.backbone = Backbone(c, vocab, rngs)
         head_D = jax.random.normal(rngs.params(), (c.width,)) * (c.width + 1) ** -0.5
-        self.head_D = nnx.Param(head_D, sharding_names=(None,))
-        self.bias = nnx.Param(jnp.zeros(()), sharding_names=())
+        self.head_D = nnx.Param(head_D, out_sharding=(None,))
+        self.bias = nnx.Param(jnp.zeros((), out_sharding=P()))
 
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Scores, [B, T] float32."""
         hidden_BTD = self.backbone(tokens_BT, segments_BT, positions_BT).astype(jnp.float32)
-        return jnp.einsum("btd,d->bt", hidden_BTD, self.head_D[...]) + self.bias[...]
+        scores_BT = jnp.einsum("btd,d->bt", hidden_BTD, self.head_D[...], precision="highest")  # not bf16 on TPUs
+        return scores_BT + self.bias[...]
 
 
 def language_model(c: ModelConfig, vocab: int, dropout: float = 0.0) -> Net:

@@ -10,17 +10,22 @@ key/value head, K head width, D model width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.mesh import BATCH
 
 FAR = -1e30
 """Score of a pair that is not seen; finite, so that a row with nothing to see gives no NaN."""
+PRODUCT = "product"
+"""What remat policies know the results of `project` and `contract` by: they cannot see into hand-written gradients."""
 _once = jax.lax.optimization_barrier
+_product = functools.partial(checkpoint_name, name=PRODUCT)
 
 
 def on_cpu() -> bool:
@@ -38,14 +43,15 @@ def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None =
     outputs = jax.typeof(w).sharding.spec[1:]
     out = P(BATCH, None, *outputs)
     if not on_cpu():
-        return jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out)
+        return _product(jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out))
 
     def local(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
         x_BTI = _vary(x_BTI, ("tensor",)) if "tensor" in outputs else x_BTI
-        y = _matmul(x_BTI, _vary(w, BATCH).reshape(w.shape[0], -1))
-        return y.astype(dtype or y.dtype).reshape(*y.shape[:2], *w.shape[1:])
+        y = _matmul(x_BTI, _vary(w, BATCH).reshape(w.shape[0], -1), dtype)
+        return y.reshape(*y.shape[:2], *w.shape[1:])
 
-    return jax.shard_map(local, in_specs=(P(BATCH, None, None), P(None, *outputs)), out_specs=out)(x_BTI, w)
+    specs = (P(BATCH, None, None), P(None, *outputs))
+    return _product(jax.shard_map(local, in_specs=specs, out_specs=out)(x_BTI, w))
 
 
 def contract(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -53,28 +59,33 @@ def contract(x: jax.Array, w: jax.Array) -> jax.Array:
     inner = w.ndim - 1
     rows, out = P(BATCH, None, "tensor", *(None,) * (inner - 1)), P(BATCH, None, None)
     if not on_cpu():
-        return jnp.tensordot(x, w, axes=inner, out_sharding=out)
+        return _product(jnp.tensordot(x, w, axes=inner, out_sharding=out))
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
         x_BTI, w_IO = x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1])
-        return jax.lax.psum(_matmul(x_BTI, _vary(w_IO, BATCH)), "tensor")
+        return jax.lax.psum(_matmul(x_BTI, _vary(w_IO, BATCH), None), "tensor")
 
     specs = (rows, P("tensor", *(None,) * inner))
-    return jax.shard_map(local, in_specs=specs, out_specs=out)(x, w)
+    return _product(jax.shard_map(local, in_specs=specs, out_specs=out)(x, w))
 
 
-@jax.custom_vjp
-def _matmul(x_BTI: jax.Array, w_IO: jax.Array) -> jax.Array:
-    return x_BTI @ w_IO
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x_BTI: jax.Array, w_IO: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    return jnp.matmul(x_BTI, w_IO, preferred_element_type=dtype)
 
 
-def _matmul_forward(x_BTI: jax.Array, w_IO: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x_BTI @ w_IO, (x_BTI, w_IO)
+def _matmul_forward(
+    x_BTI: jax.Array, w_IO: jax.Array, dtype: jax.typing.DTypeLike | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _matmul(x_BTI, w_IO, dtype), (x_BTI, w_IO)
 
 
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], dy_BTO: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(
+    dtype: jax.typing.DTypeLike | None, saved: tuple[jax.Array, jax.Array], dy_BTO: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """The weight gradient transposes the narrower operand, explicitly: a product of two row-major matrices is fast."""
     x_BTI, w_IO = saved
+    dy_BTO = dy_BTO.astype(x_BTI.dtype)
     x_NI, dy_NO = x_BTI.reshape(-1, x_BTI.shape[-1]), _once(dy_BTO.reshape(-1, dy_BTO.shape[-1]))
     dx_BTI = (dy_NO @ w_IO.T).reshape(x_BTI.shape)
     if x_NI.shape[1] <= dy_NO.shape[1]:
@@ -105,7 +116,10 @@ def once_computed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.A
 def attention(
     q_BGRTK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, seen_BTS: jax.Array, softcap: float | None = None
 ) -> jax.Array:
-    """softmax(q k) v over the seen keys, [B, G, R, T, K]; scores and softmax are float32. Queries come scaled."""
+    """softmax(q k) v over the seen keys, [B, G, R, T, K]; scores and softmax are float32. Queries come scaled.
+
+    Every query that is differentiated must see a key: one that sees none gives the mean of all values.
+    """
     if on_cpu() and softcap is None:
         return _attention(q_BGRTK, k_BGSK, v_BGSK, seen_BTS)
     scores = jnp.einsum("bgrtk,bgsk->bgrts", q_BGRTK, k_BGSK, preferred_element_type=jnp.float32)

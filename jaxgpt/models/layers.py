@@ -28,15 +28,15 @@ class Draw:
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, residual: bool = False) -> nnx.Param:
         """Gaussian weights; `residual` marks matrices that write to the residual stream."""
         std = self.residual_std if residual else self.std
-        return nnx.Param(jax.random.normal(self.rngs.params(), shape) * std, sharding_names=axes)
+        return nnx.Param(jax.random.normal(self.rngs.params(), shape) * std, out_sharding=axes)
 
     def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A bias."""
-        return nnx.Param(jnp.zeros(shape), sharding_names=axes)
+        return nnx.Param(jnp.zeros(shape), out_sharding=axes)
 
     def ones(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A scale."""
-        return nnx.Param(jnp.ones(shape), sharding_names=axes)
+        return nnx.Param(jnp.ones(shape), out_sharding=axes)
 
 
 def scales(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:

@@ -5,7 +5,8 @@ Letters: B batch, T time, S cache slots, D model width, G key/value heads, K hea
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import P
 from jaxgpt.config.schema import LearnedPositions, ModelConfig, RopePositions
 from jaxgpt.mesh import BATCH, gather
 from jaxgpt.models.attention import Attention, attend, rope_tables
+from jaxgpt.models.kernels import PRODUCT
 from jaxgpt.models.layers import Draw, Mlp, Norm, dropout
 
 
@@ -49,7 +51,7 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, place: Place, layer: jax.Array, window: int | None) -> jax.Array:
         """The whole sequence at once."""
         h_BTD = self.attention_norm(x_BTD)
-        q, k, v = self.attention.project(h_BTD, place.tables)
+        q, k, v = self.attention.qkv(h_BTD, place.tables)
         segments = place.segments_BT
         out = attend(q, k, v, segments, segments, window=window, softcap=self.c.attention.softcap)
         return self._residual(x_BTD, h_BTD, self.attention.output(out), place, layer)
@@ -59,7 +61,7 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Slots]:
         """New tokens behind those in the cache: they take the slots from `first` on."""
         h_BTD = self.attention_norm(x_BTD)
-        q, k, v = self.attention.project(h_BTD, place.tables)
+        q, k, v = self.attention.qkv(h_BTD, place.tables)
         at = (0, 0, first, 0)
         slots = Slots(*(jax.lax.dynamic_update_slice(old, new, at) for old, new in zip(slots, (k, v), strict=True)))
         cap = self.c.attention.softcap
@@ -138,6 +140,7 @@ class Backbone(nnx.Module):
         return self.norm(self._run(x_BTD, place))
 
     def _run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
+        """All blocks. A scan goes over whole periods of windows; where those do not divide the depth it is unrolled."""
         c, period = self.c, len(self.c.attention.windows)
 
         def layer(x_BTD: jax.Array, block: Block, number: jax.Array, window: int | None) -> jax.Array:
@@ -159,8 +162,8 @@ class Backbone(nnx.Module):
         return jax.lax.scan(body, x_BTD, (groups, firsts))[0]
 
 
-def _remat(function: Any, policy: str) -> Any:
+def _remat(function: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
     if policy == "none":
         return function
-    saved = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if policy == "dots" else None
+    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
     return jax.checkpoint(function, policy=saved)

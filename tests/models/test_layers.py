@@ -1,0 +1,102 @@
+"""Dropout, whose mask is the row's own, and norms."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformer_reference as reference
+from jax.sharding import NamedSharding
+from tiny_models import VOCAB, assert_close, drawn, exact, mesh_of, place, rows, tiny
+
+from jaxgpt.mesh import batch_spec
+from jaxgpt.models.heads import language_model
+from jaxgpt.models.layers import dropout, scales
+
+
+def dropped(seeds, site: int, rate: float, shape=(8, 50, 40), mesh_shape=(2, 2, 2)) -> np.ndarray:
+    """Dropout of ones."""
+    mesh = mesh_of(*mesh_shape)
+    with jax.set_mesh(mesh):
+        ones = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, batch_spec(3)))
+        seeds = jax.device_put(np.asarray(seeds, np.uint32), NamedSharding(mesh, batch_spec(1)))
+        return np.asarray(jax.jit(dropout, static_argnums=3)(ones, seeds, jnp.int32(site), rate))
+
+
+SEEDS = [7, 0, 3, 2**32 - 1, 7, 5, 6, 8]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_the_rate_is_the_share_of_zeros_and_the_mean_stays(rate):
+    y = dropped(SEEDS, 0, rate)
+    error = 4 * (rate * (1 - rate) / y[1:].size) ** 0.5
+    assert np.mean(y == 0.0) == pytest.approx(rate, abs=error)
+    np.testing.assert_allclose(np.unique(y), [0.0, 1 / (1 - rate)], rtol=1e-6)
+
+
+def test_the_mask_is_the_row_seeds_and_the_sites_alone():
+    y = dropped(SEEDS, 0, 0.5)
+    np.testing.assert_array_equal(y[0], y[4])  # one seed, one mask
+    assert len({row.tobytes() for row in y}) == 7
+    np.testing.assert_array_equal(y[::-1], dropped(SEEDS[::-1], 0, 0.5))
+    np.testing.assert_array_equal(y[:3], dropped(SEEDS[:3], 0, 0.5, (3, 50, 40), (1, 1, 1)))
+    other = dropped(SEEDS, 1, 0.5)
+    assert np.mean((y == 0.0) & (other == 0.0)) == pytest.approx(0.25, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return rows(8, 8) | {"seeds": np.arange(8, dtype=np.uint32)}
+
+
+def hidden(batch, rate: float, *mesh_shape: int) -> np.ndarray:
+    mesh = mesh_of(*mesh_shape)
+    with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
+        net = language_model(tiny(), VOCAB, dropout=rate)
+        run = jax.jit(lambda params, batch: net.bind(params).hidden(*batch))
+        return np.asarray(run(drawn(net, mesh), place(batch, mesh)))
+
+
+@pytest.fixture(scope="module")
+def with_dropout(batch):
+    return hidden(batch, 0.3)
+
+
+def test_dropout_is_on_the_embedding_and_on_what_enters_the_residual_stream(batch, with_dropout):
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        params = exact(drawn(language_model(tiny(), VOCAB), mesh))
+    for row in range(2):
+
+        def drop(y: np.ndarray, site: int, row: int = row) -> np.ndarray:
+            key = jax.random.fold_in(jax.random.key(int(batch["seeds"][row])), site)
+            return y * np.asarray(jax.random.bernoulli(key, 0.7, y.shape)) / 0.7
+
+        inputs = (batch[key][row] for key in ("tokens", "segments", "positions"))
+        assert_close(with_dropout[row], reference.hidden(tiny(), params["backbone"], *inputs, drop=drop))
+
+
+def test_a_model_drops_the_same_however_the_batch_is_cut(batch, with_dropout):
+    halves = [hidden({key: value[part] for key, value in batch.items()}, 0.3) for part in (slice(0, 4), slice(4, 8))]
+    assert_close(np.concatenate(halves), with_dropout, 2e-6)
+
+
+def test_a_model_drops_the_same_on_every_mesh(batch, with_dropout):
+    assert_close(hidden(batch, 0.3, 2, 2, 2), with_dropout, 2e-6)
+
+
+def test_without_seeds_or_without_rate_nothing_is_dropped(batch, with_dropout):
+    without_seeds = {key: value for key, value in batch.items() if key != "seeds"}
+    plain = hidden(without_seeds, 0.0)
+    np.testing.assert_array_equal(hidden(without_seeds, 0.3), plain)
+    np.testing.assert_array_equal(hidden(batch, 0.0), plain)
+    assert np.abs(with_dropout - plain).max() > 0.1
+
+
+def test_norms_are_computed_in_float32():
+    x = jnp.asarray([[300.0, 301.0, 1e-3]], jnp.bfloat16)
+    y = scales(x, None, 1e-6)
+    assert y.dtype == jnp.bfloat16
+    wide = np.asarray(x, np.float64)
+    np.testing.assert_allclose(np.asarray(y, np.float64), wide / np.sqrt((wide**2).mean() + 1e-6), rtol=2**-8)
