@@ -1,0 +1,221 @@
+"""Episodes: what is scored, what is learned from, and what decides them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import VOCAB, config, finished, first_state, mesh_of, open_run
+
+from jaxgpt.config.schema import PpoConfig
+from jaxgpt.data.rankings import load_rankings
+from jaxgpt.models.heads import language_model, scalar_model
+from jaxgpt.stages import ppo
+from jaxgpt.stages.reward import score_rows
+from jaxgpt.stages.rollouts import experience
+
+P, N, END, PAD = 6, 5, 2, 3
+LENGTHS, ENDED = (5, 3, 1, 5), (True, True, True, False)
+PLAIN = PpoConfig(
+    prompt_length=P,
+    response_length=N,
+    batch=4,
+    episodes=4,
+    whiten_advantages=False,
+    gamma=1.0,
+    lam=1.0,
+    temperature=0.7,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh(home):
+    mesh = mesh_of()
+    with jax.set_mesh(mesh):
+        run = open_run(config(home), mesh)
+        finished(run, "sft", seed=1, spread=15.0)  # so that responses are of many kinds, and some end
+        finished(run, "reward", seed=2, spread=5.0)
+    return mesh
+
+
+def made(home, mesh, **changes):
+    c = config(home, **changes)
+    return ppo.stage(open_run(c, mesh), c.ppo)
+
+
+def episodes() -> dict[str, np.ndarray]:
+    """Four episodes of prompts of 6, 4, 2, 3 tokens and responses of 5, 3, 1, 5, the last without an end."""
+    rng = np.random.default_rng(0)
+    tokens, segments = rng.integers(4, VOCAB, (4, P + N)).astype(np.int32), np.zeros((4, P + N), np.int32)
+    mask = np.zeros((4, N), np.float32)
+    for row, (prompt, length, ended) in enumerate(zip((6, 4, 2, 3), LENGTHS, ENDED, strict=True)):
+        segments[row, P - prompt : P + length], mask[row, :length] = 1, 1
+        if ended:
+            tokens[row, P + length - 1] = END
+    return {"tokens": tokens, "segments": segments, "mask": mask, "ended": np.array(ENDED)}
+
+
+@pytest.fixture(scope="module")
+def models(home, mesh):
+    """Policy, value, reference and reward, all different."""
+    with jax.set_mesh(mesh):
+        c = config(home).model
+        init = {"lm": jax.jit(language_model(c, VOCAB).init), "scalar": jax.jit(scalar_model(c, VOCAB).init)}
+        kinds = {"policy": "lm", "reference": "lm", "value": "scalar", "reward": "scalar"}
+        drawn = {name: init[kind](jax.random.key(seed)) for seed, (name, kind) in enumerate(kinds.items())}
+        return jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, drawn)
+
+
+@pytest.fixture(scope="module")
+def gather(home, mesh, models):
+    """experience() as a function of settings, episodes and coefficient; as NumPy."""
+
+    def call(settings, given, coef=0.0, **changes):
+        with jax.set_mesh(mesh):
+            c = config(home).model
+            function = jax.jit(
+                lambda models, given, coef: experience(
+                    settings, language_model(c, VOCAB), scalar_model(c, VOCAB), models, given, coef
+                )
+            )
+            return jax.device_get(function({**models, **changes}, given, jnp.float32(coef)))
+
+    return call
+
+
+def unpadded_scores(home, mesh, params, given) -> np.ndarray:
+    with jax.set_mesh(mesh):
+        net, found = scalar_model(config(home).model, VOCAB), []
+        for tokens, segments in zip(given["tokens"], given["segments"], strict=True):
+            row = tokens[segments > 0][None]
+            score = score_rows(net.bind(params), jnp.asarray(row), jnp.array([row.shape[1]], jnp.int32))
+            found.append(float(score[0]))
+        return np.array(found)
+
+
+def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, models, gather):
+    """Without KL, discount and whitening, every return is the score that the episode ends with."""
+    given = episodes()
+    expected = unpadded_scores(home, mesh, models["reward"], given)
+    assert np.std(expected) > 0.1
+    for missing in (None, -1.0):
+        batch, figures = gather(PLAIN.model_copy(update={"missing_eos": missing}), given)
+        if missing is not None:
+            expected[3] = -1.0  # in place of the score, for the one without an end
+        np.testing.assert_allclose(batch["returns"], expected[:, None] * given["mask"], atol=2e-5)
+        assert figures["objective/score"] == pytest.approx(expected.mean(), abs=1e-5)
+    assert figures["objective/length"] == 3.5 and figures["objective/eos_rate"] == 0.75
+
+
+def test_kl_is_summed_over_the_response_at_the_sampling_temperature(home, mesh, models, gather):
+    given = episodes()
+    batch, figures = gather(PLAIN, given, coef=0.5)
+    with jax.set_mesh(mesh):
+        lm, kl = language_model(config(home).model, VOCAB), np.zeros(4)
+        for row in range(4):
+            ids = given["tokens"][row][given["segments"][row] > 0]
+            ones, places = np.ones((1, len(ids)), np.int32), np.arange(len(ids), dtype=np.int32)[None]
+            for name, sign in (("policy", 1), ("reference", -1)):
+                model = lm.bind(models[name])
+                logits = np.asarray(model.logits(model.hidden(jnp.asarray(ids[None]), ones, places)))[0] / 0.7
+                logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+                for at in range(len(ids) - LENGTHS[row], len(ids)):
+                    kl[row] += sign * logp[at - 1, ids[at]]
+    assert figures["objective/kl"] == pytest.approx(kl.mean(), rel=1e-3)
+    score = unpadded_scores(home, mesh, models["reward"], given)
+    score[3] = -1.0
+    np.testing.assert_allclose(batch["returns"][:, 0], score - 0.5 * kl, atol=1e-4)
+    assert figures["objective/rlhf_reward"] == pytest.approx(np.mean(score - 0.5 * kl), abs=1e-4)
+    _, same = gather(PLAIN, given, coef=0.5, reference=models["policy"])
+    assert same["objective/kl"] == 0.0
+
+
+def test_what_stands_behind_the_end_changes_nothing(gather):
+    given = episodes()
+    other = {**given, "tokens": np.where(given["segments"] > 0, given["tokens"], 77).astype(np.int32)}
+    assert (other["tokens"] != given["tokens"]).sum() > 10
+    settings = PLAIN.model_copy(update={"whiten_advantages": True, "whiten_rewards": True})
+    (one, figures), (two, others) = gather(settings, given, 0.1), gather(settings, other, 0.1)
+    for name in ("old_logp", "old_values", "advantages", "returns"):
+        np.testing.assert_allclose(one[name] * given["mask"], two[name] * given["mask"], atol=1e-6)
+    for name in figures:
+        assert figures[name] == pytest.approx(others[name], abs=1e-6), name
+    white = one["advantages"][given["mask"] > 0]
+    assert white.mean() == pytest.approx(0, abs=1e-6) and white.std() == pytest.approx(1, abs=1e-4)
+
+
+def test_every_episode_is_used_once_in_every_epoch(home, mesh):
+    with jax.set_mesh(mesh):
+        stage = made(home, mesh)
+        state, drawn = first_state(stage), []
+        for n in range(8):
+            drawn.append(jax.device_get(stage.source(n, state)))
+            assert bool(drawn[n].metrics) == (n % 4 == 0) and stage.boundary(n) == (n % 4 == 0)
+    rows = [[row.tobytes() for row in one.batch["old_values"]] for one in drawn]
+    epochs = [rows[n] + rows[n + 1] for n in range(0, 8, 2)]
+    assert all(len(set(epoch)) == 8 for epoch in epochs)
+    assert sorted(epochs[0]) == sorted(epochs[1]) and sorted(epochs[2]) == sorted(epochs[3])
+    assert epochs[0] != epochs[1] and not set(epochs[0]) & set(epochs[2])
+
+
+def test_the_episodes_in_hand_are_not_needed_after_a_boundary(home, mesh):
+    with jax.set_mesh(mesh):
+        whole, late = made(home, mesh), made(home, mesh)
+        state = first_state(whole)
+        for n in range(6):
+            expected = jax.device_get(whole.source(n, state))
+        for n in (4, 5):
+            found = jax.device_get(late.source(n, state))
+        assert found.batch.keys() == expected.batch.keys()
+        assert all(np.array_equal(found.batch[name], expected.batch[name]) for name in found.batch)
+        with pytest.raises(AssertionError, match="update 5 stands inside a rollout that was not made"):
+            made(home, mesh).source(5, state)
+
+
+def rolled(home, shape) -> tuple[dict, dict]:
+    mesh = mesh_of(*shape)
+    with jax.set_mesh(mesh):
+        stage = made(home, mesh)
+        first = stage.source(0, first_state(stage))
+        other = stage.source(1, first_state(stage))
+        batch = jax.tree.map(lambda a, b: np.concatenate([a, b]), *map(jax.device_get, (first.batch, other.batch)))
+        return batch, jax.device_get(first.metrics)
+
+
+def test_a_rollout_does_not_depend_on_the_mesh(home, mesh):
+    (one, figures), (other, others) = rolled(home, (1, 1, 1)), rolled(home, (2, 2, 2))
+    assert np.array_equal(one["tokens"], other["tokens"]) and np.array_equal(one["mask"], other["mask"])
+    for name in ("old_logp", "old_values", "advantages", "returns"):
+        np.testing.assert_allclose(one[name], other[name], atol=1e-4, err_msg=name)
+    for name in figures:
+        assert figures[name] == pytest.approx(others[name], abs=1e-4), name
+    lengths = one["mask"].sum(1)
+    assert lengths.min() >= 1 and len({row.tobytes() for row in one["tokens"]}) == 8
+    for row, length in zip(one["tokens"], lengths.astype(int), strict=True):
+        response = row[14:]
+        assert not np.any(response[: length - 1] == END) and (length == 6 or response[length - 1] == END)
+
+
+def test_the_coefficient_moves_where_it_is_adaptive_and_stays_where_it_is_not(home, mesh):
+    with jax.set_mesh(mesh):
+        for controller, factor in (("fixed", 1.0), ("adaptive", 1 - 0.2 * 8 / 100)):
+            stage = made(home, mesh, ppo={"kl": {"coef": 0.2, "controller": controller, "horizon": 100}})
+            drawn = stage.source(0, first_state(stage))  # KL is 0, far below its target
+            assert float(drawn.metrics["objective/kl_coef"]) == pytest.approx(
+                0.2
+            )  # what this rollout was rewarded with
+            assert float(drawn.extras["kl_coef"]) == pytest.approx(0.2 * factor, rel=1e-6)
+            later = stage.source(1, dataclasses.replace(first_state(stage), extras=drawn.extras))
+            assert float(later.extras["kl_coef"]) == pytest.approx(0.2 * factor, rel=1e-6)  # once a rollout
+
+
+def test_rankings_and_episodes_are_scored_alike(home, mesh):
+    """The reward model sees in PPO the very tokens that it sees for a ranking: prompt, response, end."""
+    with jax.set_mesh(mesh):
+        run = open_run(config(home), mesh)
+        rows = load_rankings(run.paths("{run}/rankings.jsonl"), run.tokenizer, 32, 3)
+        ranked = rows[0]["tokens"][0][: rows[0]["lengths"][0]]
+        prompt = ppo.load_prompts(run.paths("{run}/prompts.jsonl"), run.tokenizer, 14).prompts[0]
+        assert ranked[-1] == run.tokenizer.eos and ranked[0] == prompt[0] == run.tokenizer.bos
+        assert prompt[-1] == run.tokenizer.control["<|assistant|>"] and prompt[-1] in ranked
