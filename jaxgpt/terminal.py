@@ -188,7 +188,7 @@ class Chat:
         while len(ids := self._ids()) + room > context and len(self.turns) > 1:
             del self.turns[0]
         if before > len(self.turns):
-            _note(f"the context of {context} tokens is full: forgot the oldest {before - len(self.turns)} turns")
+            _note(f"the context of {context} tokens is full: dropped the oldest turns ({before - len(self.turns)})")
         if len(ids) >= context:
             raise UserError(f"the message makes {len(ids)} tokens, and the model's context is {context}; shorten it")
         return ids

@@ -150,7 +150,7 @@ def test_a_full_context_forgets_the_oldest_turns(run, sft, capsys, monkeypatch):
     message = "the cat " * 4
     out, err = talk(capsys, monkeypatch, run, *[message] * 5, "the cat " * 99, "the cat", max_tokens=16)
     assert len(out) == 6
-    assert err[0] == "the context of 64 tokens is full: forgot the oldest 1 turns"
+    assert err[0] == "the context of 64 tokens is full: dropped the oldest turns (1)"
     assert any(line.startswith("the message makes ") and "context is 64; shorten it" in line for line in err)
 
 
