@@ -10,6 +10,17 @@ import jax
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps compiled programs beside pytest's own cache: compilation is most of the tests' time.
+
+    Only in this process: one that is killed while it writes could leave half a program. `--cache-clear` deletes them.
+    """
+    if hasattr(config, "cache"):
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("compiled")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(scope="session")
 def mesh222():
     """Two devices along each of data, fsdp and tensor; use as `with jax.set_mesh(mesh222):`."""
