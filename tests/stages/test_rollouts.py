@@ -10,6 +10,7 @@ from small_run import VOCAB, config, finished, first_state, mesh_of, open_run
 
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.rankings import load_rankings
+from jaxgpt.mesh import put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.stages import ppo
 from jaxgpt.stages.reward import score_rows
@@ -79,7 +80,7 @@ def gather(home, mesh, models):
                     settings, language_model(c, VOCAB), scalar_model(c, VOCAB), models, given, coef
                 )
             )
-            return jax.device_get(function({**models, **changes}, given, jnp.float32(coef)))
+            return jax.device_get(function({**models, **changes}, put_batch(given, mesh), jnp.float32(coef)))
 
     return call
 
@@ -89,8 +90,8 @@ def unpadded_scores(home, mesh, params, given) -> np.ndarray:
         net, found = scalar_model(config(home).model, VOCAB), []
         for tokens, segments in zip(given["tokens"], given["segments"], strict=True):
             row = tokens[segments > 0][None]
-            score = score_rows(net.bind(params), jnp.asarray(row), jnp.array([row.shape[1]], jnp.int32))
-            found.append(float(score[0]))
+            placed = put_batch({"tokens": row, "lengths": np.array([row.shape[1]], np.int32)}, mesh)
+            found.append(float(score_rows(net.bind(params), placed["tokens"], placed["lengths"])[0]))
         return np.array(found)
 
 
@@ -115,10 +116,11 @@ def test_kl_is_summed_over_the_response_at_the_sampling_temperature(home, mesh, 
         lm, kl = language_model(config(home).model, VOCAB), np.zeros(4)
         for row in range(4):
             ids = given["tokens"][row][given["segments"][row] > 0]
-            ones, places = np.ones((1, len(ids)), np.int32), np.arange(len(ids), dtype=np.int32)[None]
+            places = np.arange(len(ids), dtype=np.int32)[None]
+            placed = put_batch({"tokens": ids[None], "segments": np.ones_like(places), "positions": places}, mesh)
             for name, sign in (("policy", 1), ("reference", -1)):
                 model = lm.bind(models[name])
-                logits = np.asarray(model.logits(model.hidden(jnp.asarray(ids[None]), ones, places)))[0] / 0.7
+                logits = np.asarray(model.logits(model.hidden(*placed.values())))[0] / 0.7
                 logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
                 for at in range(len(ids) - LENGTHS[row], len(ids)):
                     kl[row] += sign * logp[at - 1, ids[at]]
@@ -202,9 +204,7 @@ def test_the_coefficient_moves_where_it_is_adaptive_and_stays_where_it_is_not(ho
         for controller, factor in (("fixed", 1.0), ("adaptive", 1 - 0.2 * 8 / 100)):
             stage = made(home, mesh, ppo={"kl": {"coef": 0.2, "controller": controller, "horizon": 100}})
             drawn = stage.source(0, first_state(stage))  # KL is 0, far below its target
-            assert float(drawn.metrics["objective/kl_coef"]) == pytest.approx(
-                0.2
-            )  # what this rollout was rewarded with
+            assert float(drawn.metrics["objective/kl_coef"]) == pytest.approx(0.2)  # as this rollout was rewarded
             assert float(drawn.extras["kl_coef"]) == pytest.approx(0.2 * factor, rel=1e-6)
             later = stage.source(1, dataclasses.replace(first_state(stage), extras=drawn.extras))
             assert float(later.extras["kl_coef"]) == pytest.approx(0.2 * factor, rel=1e-6)  # once a rollout
