@@ -14,6 +14,8 @@ from jaxgpt.mesh import batch_spec
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.layers import dropout, scales
 
+CONFIG = tiny(layers=4, attention={"windows": (None, 3)})  # two layers in one turn of the scan
+
 
 def dropped(seeds, site: int, rate: float, shape=(8, 50, 40), mesh_shape=(2, 2, 2)) -> np.ndarray:
     """Dropout of ones."""
@@ -53,7 +55,7 @@ def batch():
 def hidden(batch, rate: float, *mesh_shape: int) -> np.ndarray:
     mesh = mesh_of(*mesh_shape)
     with jax.set_mesh(mesh), jax.numpy_dtype_promotion("strict"):
-        net = language_model(tiny(), VOCAB, dropout=rate)
+        net = language_model(CONFIG, VOCAB, dropout=rate)
         run = jax.jit(lambda params, batch: net.bind(params).hidden(*batch))
         return np.asarray(run(drawn(net, mesh), place(batch, mesh)))
 
@@ -66,7 +68,7 @@ def with_dropout(batch):
 def test_dropout_is_on_the_embedding_and_on_what_enters_the_residual_stream(batch, with_dropout):
     mesh = mesh_of()
     with jax.set_mesh(mesh):
-        params = exact(drawn(language_model(tiny(), VOCAB), mesh))
+        params = exact(drawn(language_model(CONFIG, VOCAB), mesh))
     for row in range(2):
 
         def drop(y: np.ndarray, site: int, row: int = row) -> np.ndarray:
@@ -74,7 +76,7 @@ def test_dropout_is_on_the_embedding_and_on_what_enters_the_residual_stream(batc
             return y * np.asarray(jax.random.bernoulli(key, 0.7, y.shape)) / 0.7
 
         inputs = (batch[key][row] for key in ("tokens", "segments", "positions"))
-        assert_close(with_dropout[row], reference.hidden(tiny(), params["backbone"], *inputs, drop=drop))
+        assert_close(with_dropout[row], reference.hidden(CONFIG, params["backbone"], *inputs, drop=drop))
 
 
 def test_a_model_drops_the_same_however_the_batch_is_cut(batch, with_dropout):
@@ -90,7 +92,7 @@ def test_without_seeds_or_without_rate_the_program_has_no_dropout(batch):
     def program(rate: float, batch) -> str:
         mesh = mesh_of()
         with jax.set_mesh(mesh):
-            net = language_model(tiny(), VOCAB, dropout=rate)
+            net = language_model(CONFIG, VOCAB, dropout=rate)
             run = jax.make_jaxpr(lambda params, *batch: net.bind(params).hidden(*batch))
             return str(run(net.abstract, *place(batch, mesh)))
 
