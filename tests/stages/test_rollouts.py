@@ -85,20 +85,27 @@ def gather(home, mesh, models):
     return call
 
 
-def unpadded_scores(home, mesh, params, given) -> np.ndarray:
+def plain_rows(given) -> dict[str, np.ndarray]:
+    """The episodes without their padding, as rows that begin with the prompt."""
+    rows = [tokens[segments > 0] for tokens, segments in zip(given["tokens"], given["segments"], strict=True)]
+    lengths = np.array([len(row) for row in rows], np.int32)
+    tokens = np.stack([np.pad(row, (0, P + N - len(row))) for row in rows])
+    positions = np.tile(np.arange(P + N, dtype=np.int32), (4, 1))
+    segments = (positions < lengths[:, None]).astype(np.int32)
+    return {"tokens": tokens, "segments": segments, "positions": positions, "lengths": lengths}
+
+
+def plain_scores(home, mesh, params, given) -> np.ndarray:
     with jax.set_mesh(mesh):
-        net, found = scalar_model(config(home).model, VOCAB), []
-        for tokens, segments in zip(given["tokens"], given["segments"], strict=True):
-            row = tokens[segments > 0][None]
-            placed = put_batch({"tokens": row, "lengths": np.array([row.shape[1]], np.int32)}, mesh)
-            found.append(float(score_rows(net.bind(params), placed["tokens"], placed["lengths"])[0]))
-        return np.array(found)
+        net = scalar_model(config(home).model, VOCAB)
+        score = jax.jit(lambda params, rows: score_rows(net.bind(params), rows["tokens"], rows["lengths"]))
+        return np.array(score(params, put_batch(plain_rows(given), mesh)))
 
 
 def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, models, gather):
     """Without KL, discount and whitening, every return is the score that the episode ends with."""
     given = episodes()
-    expected = unpadded_scores(home, mesh, models["reward"], given)
+    expected = plain_scores(home, mesh, models["reward"], given)
     assert np.std(expected) > 0.1
     for missing in (None, -1.0):
         batch, figures = gather(PLAIN.model_copy(update={"missing_eos": missing}), given)
@@ -112,20 +119,23 @@ def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, mo
 def test_kl_is_summed_over_the_response_at_the_sampling_temperature(home, mesh, models, gather):
     given = episodes()
     batch, figures = gather(PLAIN, given, coef=0.5)
+    plain, kl = plain_rows(given), np.zeros(4)
     with jax.set_mesh(mesh):
-        lm, kl = language_model(config(home).model, VOCAB), np.zeros(4)
-        for row in range(4):
-            ids = given["tokens"][row][given["segments"][row] > 0]
-            places = np.arange(len(ids), dtype=np.int32)[None]
-            placed = put_batch({"tokens": ids[None], "segments": np.ones_like(places), "positions": places}, mesh)
-            for name, sign in (("policy", 1), ("reference", -1)):
-                model = lm.bind(models[name])
-                logits = np.asarray(model.logits(model.hidden(*placed.values())))[0] / 0.7
-                logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-                for at in range(len(ids) - LENGTHS[row], len(ids)):
-                    kl[row] += sign * logp[at - 1, ids[at]]
+        lm, rows = language_model(config(home).model, VOCAB), put_batch(plain, mesh)
+
+        @jax.jit
+        def logits(params, rows):
+            model = lm.bind(params)
+            return model.logits(model.hidden(rows["tokens"], rows["segments"], rows["positions"]))
+
+        for name, sign in (("policy", 1), ("reference", -1)):
+            tempered = np.asarray(logits(models[name], rows), np.float64) / 0.7
+            logp = tempered - np.log(np.exp(tempered).sum(-1, keepdims=True))
+            for row, length in enumerate(plain["lengths"]):
+                for at in range(length - LENGTHS[row], length):
+                    kl[row] += sign * logp[row, at - 1, plain["tokens"][row, at]]
     assert figures["objective/kl"] == pytest.approx(kl.mean(), rel=1e-3)
-    score = unpadded_scores(home, mesh, models["reward"], given)
+    score = plain_scores(home, mesh, models["reward"], given)
     score[3] = -1.0
     np.testing.assert_allclose(batch["returns"][:, 0], score - 0.5 * kl, atol=1e-4)
     assert figures["objective/rlhf_reward"] == pytest.approx(np.mean(score - 0.5 * kl), abs=1e-4)

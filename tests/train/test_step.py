@@ -92,7 +92,7 @@ def test_cuts_and_meshes_agree(name):
     reports, params = trained(name, (1, 1, 1), 1)
     assert all(np.isfinite(value) for report in reports for value in report.values())
     assert reports[0]["loss"] != reports[2]["loss"]
-    for shape, accumulate in (((1, 1, 1), 4), ((1, 4, 2), 2), ((2, 2, 2), 4)):
+    for shape, accumulate in (((1, 4, 2), 2), ((2, 2, 2), 4)):
         others, found = trained(name, shape, accumulate)
         for one, other in zip(reports, others, strict=True):
             assert one.keys() == other.keys()

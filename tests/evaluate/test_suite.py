@@ -1,0 +1,68 @@
+"""What would be found out at the end of a run is told at its beginning."""
+
+import json
+import sys
+
+import pytest
+from rich.console import Console
+from tiny_run import make_run
+
+from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig, Prompts
+from jaxgpt.errors import UserError
+from jaxgpt.evaluate.scorer import load_scorer
+from jaxgpt.evaluate.suite import Suite, check_evaluate
+from jaxgpt.pipeline import Pipeline
+
+ONE = MeshConfig(data=1, fsdp=1, tensor=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gold_score", "x is 'gold_score'; expected module:function, as jaxgpt.data.meadow:gold_score"),
+        (":score", "x is ':score'; expected module:function"),
+        ("nowhere.at_all:score", "x: cannot import nowhere.at_all .ModuleNotFoundError: No module named 'nowhere'"),
+        ("jaxgpt.data.meadow:gold_scor", "x: jaxgpt.data.meadow has no function gold_scor. Did you mean 'gold_score'"),
+        ("broken_judge:score", "x: cannot import broken_judge .ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_scorer_that_cannot_be_had_is_told(name, said, tmp_path, monkeypatch):
+    (tmp_path / "broken_judge.py").write_text("1 / 0\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(UserError, match=said):
+        load_scorer(name, "x")
+
+
+def test_a_scorer_may_stand_in_the_working_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_judge.py").write_text("def score(record, response):\n    return len(response)\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    assert load_scorer("my_judge:score", "x")({}, "abc") == 3
+
+
+def test_a_run_is_refused_before_it_begins(tmp_path):
+    wrong = EvaluateConfig(data=Prompts(path="x.jsonl"), scorer="jaxgpt.data.meadow:gold")
+    config = Config(name="a", runs=str(tmp_path), pretrain={}, evaluate=wrong)
+    with pytest.raises(UserError, match=r"evaluate.scorer: jaxgpt.data.meadow has no function gold"):
+        Pipeline(config, Console()).everything()
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(UserError, match=r"evaluate.data.path is not set"):
+        check_evaluate(EvaluateConfig())
+
+
+def test_prompts_are_checked_by_file_and_line(tmp_path):
+    run, asked = make_run(tmp_path / "run"), tmp_path / "asked.jsonl"
+    config = EvaluateConfig(data=Prompts(path=str(asked)), max_tokens=40)
+
+    def suite(*records, folder=run):
+        asked.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return Suite(folder, Config(), config, ONE, Console())
+
+    assert len(suite({"prompt": "cat?"}, {"prompt": "dog?"}).asked) == 2
+    with pytest.raises(UserError, match=r"asked.jsonl:2: .* tokens, model.context - evaluate.max_tokens is 24"):
+        suite({"prompt": "cat?"}, {"prompt": "cat? " * 20})
+    with pytest.raises(UserError, match=r"asked.jsonl:1: "):
+        suite({"promt": "cat?"})
+    with pytest.raises(UserError, match="no stage is finished, so there is nothing to evaluate"):
+        suite({"prompt": "cat?"}, folder=tmp_path / "empty")
