@@ -57,4 +57,4 @@ def test_scores_are_the_same_on_every_mesh():
         with jax.set_mesh(mesh):
             net = scalar_model(CONFIG, VOCAB)
             found.append(jax.jit(lambda p, b, net=net: net.bind(p)(*b))(drawn(net, mesh), place(rows(4, 8), mesh)))
-    assert_close(found[1], found[0], 2e-6)
+    assert_close(found[1], found[0])

@@ -239,13 +239,13 @@ def model(request):
 def test_packed_equals_unpacked(model):
     (az, za), _ = model(packed(A, Z), packed(Z, A))
     (a, z), _ = model(document(A, 16), document(Z, 16))
-    assert_close((az[:9], az[9:], za[:7], za[7:]), (a[:9], z[:7], z[:7], a[:9]), 2e-6)
+    assert_close((az[:9], az[9:], za[:7], za[7:]), (a[:9], z[:7], z[:7], a[:9]))
 
 
 def test_left_padded_equals_unpadded(model):
     (a, z), _ = model(document(A, 16), document(Z, 16))
     (late_a, late_z), _ = model(document(A, 16, before=7), document(Z, 16, before=3))
-    assert_close((late_a[7:], late_z[3:10]), (a[:9], z[:7]), 2e-6)
+    assert_close((late_a[7:], late_z[3:10]), (a[:9], z[:7]))
 
 
 @pytest.mark.parametrize(
