@@ -18,6 +18,7 @@ import jax
 import yaml
 from rich.console import Console
 
+from jaxgpt.api import keep_compiled
 from jaxgpt.config.load import difference, dump
 from jaxgpt.config.schema import Config, StageConfig
 from jaxgpt.data.meadow import write_world
@@ -39,7 +40,7 @@ MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "p
 
 def run_verb(verb: str, config: Config) -> int:
     """Does what a verb of the command line asks for and returns its exit code: 75 where it was asked to stop."""
-    _use_compilation_cache()
+    keep_compiled()
     console = Console(soft_wrap=True)
     pipeline = Pipeline(config, console)
     try:
@@ -61,13 +62,6 @@ def run_verb(verb: str, config: Config) -> int:
         console.print(str(stopped), highlight=False)
         return RESUMABLE
     return 0
-
-
-def _use_compilation_cache() -> None:
-    """Compiled programs are kept between processes, unless the environment of jax already says where."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class Pipeline:
@@ -188,6 +182,8 @@ class Pipeline:
         mesh = make_mesh(self.config.mesh)
         with jax.set_mesh(mesh):
             run = Run.open(self.config, tokenizer, mesh)
+            for parent in self._parents(name, config):
+                run.result(parent)
             made: Stage = MAKE[name](run, config)
             home.mkdir(parents=True, exist_ok=True)
             _write(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
@@ -276,4 +272,4 @@ def _same_inputs(home: Path, inputs: dict[str, Any]) -> bool:
 
 
 def _has_work(home: Path) -> bool:
-    return (home / "done.json").exists() or (home / "checkpoints").exists()
+    return (home / "done.json").exists() or any((home / "checkpoints").glob("*"))

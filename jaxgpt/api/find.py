@@ -14,8 +14,9 @@ from jaxgpt.config.schema import MeshConfig, ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.mesh import make_mesh
+from jaxgpt.models.net import Params
 from jaxgpt.stages.run import STAGES
-from jaxgpt.train.checkpoint import params_meta
+from jaxgpt.train.checkpoint import abstract, load_checkpoint, load_params, params_meta
 
 BASE = {"base": "pretrain"}
 """Another name of a stage."""
@@ -57,21 +58,35 @@ def find_stage(path: Path, stage: str | None = None) -> Path:
 
 
 def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = None) -> Model:
-    """Loads a finished model: a stage's folder (runs/meadow/sft), or a run's, whose last language model is taken.
+    """Loads a model: a finished stage's folder (runs/meadow/sft), a run's, whose last language model is taken, or one
+    checkpoint of a stage, finished or not (runs/meadow/sft/checkpoints/100).
 
     The mesh defaults to one device. Raises UserError where there is no such model, or it is damaged.
     """
-    folder = find_stage(Path(path), stage)
-    meta = params_meta(folder / "params")
+    devices, path = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1)), Path(path)
+    if path.parent.name == "checkpoints" and path.is_dir() and stage is None:
+        folder, home = path, path.parent.parent.parent / "tokenizer"
+        with jax.set_mesh(devices):
+            tree, host = load_checkpoint(path)
+        meta, params = host.get("model", {}), tree["params"].get("policy", tree["params"])
+
+        def read(target: Params) -> Params:
+            return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, abstract(target))
+
+    else:
+        folder = find_stage(path, stage)
+        meta, home = params_meta(folder / "params"), folder.parent / "tokenizer"
+
+        def read(target: Params) -> Params:
+            return load_params(folder / "params", target)
+
     lacking = [key for key in ("kind", "model", "vocab", "tokenizer") if key not in meta]
     if lacking:
-        raise UserError(f"{folder / 'params'}: not written by jaxgpt (no {', '.join(lacking)} beside the arrays)")
-    home = folder.parent / "tokenizer"
+        raise UserError(f"{folder}: not written by jaxgpt (no {', '.join(lacking)} beside the arrays)")
     tokenizer = Tokenizer.load(home)
     if tokenizer.hash != meta["tokenizer"]:
         raise UserError(f"{home} is not the tokenizer that {folder} was trained with")
-    devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
-    return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices)
+    return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices, read)
 
 
 def keep_compiled() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,6 @@ from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Params
 from jaxgpt.sampling import Decoding, Filter, advance, bucket, left_padded, ragged, right_padded, start
 from jaxgpt.stages.reward import score_rows
-from jaxgpt.train.checkpoint import load_params
 
 Messages = Sequence[Mapping[str, str]]
 Tokens = Sequence[Sequence[int]] | np.ndarray
@@ -61,14 +60,22 @@ class Model:
     """A finished stage on the devices: a language model, or a reward model. Made by `load`."""
 
     def __init__(
-        self, folder: Path, kind: str, config: ModelConfig, vocab: int, tokenizer: Tokenizer, mesh: jax.sharding.Mesh
+        self,
+        folder: Path,
+        kind: str,
+        config: ModelConfig,
+        vocab: int,
+        tokenizer: Tokenizer,
+        mesh: jax.sharding.Mesh,
+        read: Callable[[Params], Params],
     ):
+        """`read` gives the parameters, for their shapes and shardings."""
         self.folder, self.kind, self.config, self.tokenizer, self.mesh = folder, kind, config, tokenizer, mesh
         self.vocab = vocab
         check_model(mesh, config, vocab)
         with jax.set_mesh(mesh):
             self.net = (language_model if kind == "language" else scalar_model)(config, vocab)
-            self.params: Params = load_params(folder / "params", self.net.abstract)
+            self.params: Params = read(self.net.abstract)
         self._logits = jax.jit(self._all_logits)
         self._logprobs = jax.jit(self._token_logprobs)
         self._scores = jax.jit(lambda params, rows: score_rows(self.net.bind(params), rows["tokens"], rows["lengths"]))

@@ -92,6 +92,14 @@ class RopeScaling(Section):
     original_context: Count = 8192
     """llama3: context of pretraining, in tokens."""
 
+    @model_validator(mode="after")
+    def _ordered(self) -> RopeScaling:
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor {self.low_freq_factor} is not below high_freq_factor {self.high_freq_factor}"
+            )
+        return self
+
 
 class RopePositions(Section):
     """Rotary position embedding (arXiv 2104.09864)."""
@@ -151,7 +159,7 @@ class AttentionConfig(Section):
     """Learn an offset of the output."""
     qk_norm: bool = False
     """Normalise each head's queries and keys (RMS, learned scale) before positions are applied."""
-    windows: tuple[Count | None, ...] = (None,)
+    windows: Annotated[tuple[Count | None, ...], Field(min_length=1)] = (None,)
     """Tokens each layer looks back over, itself included, repeated over the depth; null means all. [null, 256]
     alternates dense and banded layers as GPT-3 does."""
     softcap: Positive | None = None

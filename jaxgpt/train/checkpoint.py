@@ -155,6 +155,26 @@ class Checkpoints:
         self._orbax.close()
 
 
+def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One checkpoint by its own description, whole on every device: (state tree, the JSON saved with it).
+
+    Raises UserError where there is none, or it is damaged.
+    """
+    where, everywhere = str(folder.absolute()), NamedSharding(jax.sharding.get_mesh(), jax.P())
+    try:
+        saved = ocp.metadata(where)
+        meta = saved.custom_metadata or {}
+        wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), saved.metadata)
+        tree = ocp.load(where, wanted)
+        if _seal(tree, meta["host"]) != meta["seal"]:
+            raise ValueError("the contents are not those that were saved")
+    except (MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        raise UserError(f"{folder}: no checkpoint, or a damaged one ({_first_line(error)})") from error
+    return tree, meta["host"]
+
+
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 

@@ -101,7 +101,7 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
     session = None
     try:
         state, host = _first_state(stage, checkpoints)
-        session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host)
+        session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host, meta)
         state = session.run(state)
         done = _finish(stage, folder, state, session.clock, meta)
         if stop.asked:
@@ -144,8 +144,10 @@ class _Session:
         console: Console,
         start: int,
         host: dict[str, Any],
+        meta: Mapping[str, Any],
     ):
         self.stage, self.config, self.checkpoints, self.stop = stage, config, checkpoints, stop
+        self.meta = dict(meta)
         self.clock = Clock(host.get("seconds", 0.0), stage.tokens_per_step)
         self.best: dict[str, Any] | None = host.get("best")
         self.saved = start
@@ -204,7 +206,7 @@ class _Session:
         self._report()
         for writer in self.writers:
             writer.flush()
-        self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best}, best)
+        self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best, "model": self.meta}, best)
         self.saved = n
         if self.stop.asked and not last:
             self.checkpoints.wait()

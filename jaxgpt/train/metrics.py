@@ -113,7 +113,9 @@ class ConsoleLine:
             figures = "  ".join(f"{key} {_shown(value)}" for key, value in line["eval"].items())
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
             return
-        figures = "  ".join(f"{short} {_shown(line[key])}" for key, short in SHOWN.items() if key in line)
+        self._latest = {**self._latest, **line}  # a rollout's figures stand until the next one's
+        latest = self._latest
+        figures = "  ".join(f"{short} {_shown(latest[key])}" for key, short in SHOWN.items() if key in latest)
         figures += f"  {line['time']['tokens_per_second']:,.0f} tok/s"
         if line["time"]["wait"] > 0.02:
             figures += f"  wait {line['time']['wait']:.0%}"

@@ -68,10 +68,12 @@ def fingerprint(tree: Any) -> str:
 
     Sums of mixed words modulo 2^32 do not depend on the order of adding, hence not on the sharding.
     """
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_fingerprints(tree)))
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
     digest = hashlib.blake2b(digest_size=8)
-    for path, value in jax.tree_util.tree_leaves_with_path(jax.device_get(_fingerprints(tree))):
-        digest.update(jax.tree_util.keystr(path, simple=True, separator="/").encode())
-        digest.update(int(value).to_bytes(4, "little"))
+    for name, value in sorted(named.items()):  # by name: a tuple read back as a dict has its leaves in another order
+        digest.update(name.encode())
+        digest.update(value.to_bytes(4, "little"))
     return digest.hexdigest()
 
 

@@ -1,0 +1,167 @@
+"""Every verb of the command line as a new user runs it: a process of its own, on one small run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CONFIG = """
+name: small
+runs: {runs}
+prepare: {{documents: 400, instructions: 80, rankings: 40, prompts: 40, held_out: 16}}
+data:
+  val_fraction: 0.05
+  sources:
+    commoncrawl: {{path: "{{run}}/data/text/commoncrawl.jsonl", weight: 3}}
+    wikipedia: {{path: "{{run}}/data/text/wikipedia.jsonl", weight: 1}}
+tokenizer:
+  vocab: 512
+  path_text: ["{{run}}/data/text/*.jsonl", "{{run}}/data/instructions.jsonl"]
+  fields: [text, messages]
+model: {{width: 16, layers: 1, context: 160, attention: {{heads: 2}}, mlp: {{type: gelu, width: 32}}}}
+pretrain: {{steps: 4, batch: 8, context: 32, eval_every: 2, log_every: 1, checkpoint: {{every: 2}}}}
+sft:
+  steps: 3
+  batch: 8
+  context: 160
+  data: {{path: "{{run}}/data/instructions.jsonl", eval_path: "{{run}}/data/instructions_eval.jsonl"}}
+reward:
+  steps: 2
+  batch: 8
+  responses: 4
+  context: 160
+  data: {{path: "{{run}}/data/rankings.jsonl", eval_path: "{{run}}/data/rankings_eval.jsonl"}}
+ppo:
+  iterations: 1
+  episodes: 16
+  batch: 8
+  epochs: 1
+  prompt_length: 40
+  response_length: 8
+  data: {{path: "{{run}}/data/prompts.jsonl"}}
+evaluate:
+  data: {{path: "{{run}}/data/prompts_eval.jsonl"}}
+  scorer: jaxgpt.data.meadow:gold_score
+  max_tokens: 8
+  batch: 16
+  samples: ["Who are you?"]
+"""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verbs")
+    (folder / "small.yaml").write_text(CONFIG.format(runs=folder / "runs"))
+    return folder
+
+
+def jaxgpt(home: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
+    command = [sys.executable, "-m", "jaxgpt", *words]
+    return subprocess.run(command, cwd=home, env=environment, input=stdin, capture_output=True, text=True, timeout=600)
+
+
+def done(home: Path, stage: str) -> dict:
+    return json.loads((home / "runs/small" / stage / "done.json").read_text())
+
+
+def test_prepare_and_tokenizer_write_what_the_stages_read(home: Path) -> None:
+    for verb, made in (("prepare", "data/prompts.jsonl"), ("tokenizer", "tokenizer/tokenizer.model")):
+        found = jaxgpt(home, verb, "small.yaml")
+        assert found.returncode == 0, found.stderr
+        assert (home / "runs/small" / made).is_file()
+
+
+def test_a_stage_before_its_parent_is_refused_with_what_to_do(home: Path) -> None:
+    found = jaxgpt(home, "sft", "small.yaml")
+    assert found.returncode == 2
+    assert "pretrain" in found.stderr and "has no finished result" in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 4), ("sft", 3), ("reward", 2), ("ppo", 2)])
+def test_each_stage_runs_alone_and_is_not_run_twice(home: Path, stage: str, steps: int) -> None:
+    found = jaxgpt(home, stage, "small.yaml")
+    assert found.returncode == 0, found.stderr
+    assert done(home, stage)["step"] == steps
+    lines = (home / "runs/small" / stage / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"eval"' not in line] == list(range(1, steps + 1))
+    if stage == "pretrain":
+        before = done(home, stage)
+        again = jaxgpt(home, stage, "small.yaml")
+        assert again.returncode == 0 and "finished" in again.stdout and done(home, stage) == before
+
+
+def test_eval_and_report_read_what_was_trained(home: Path) -> None:
+    found = jaxgpt(home, "eval", "small.yaml")
+    assert found.returncode == 0, found.stderr
+    results = json.loads((home / "runs/small/evaluate/results.json").read_text())
+    assert set(results["stages"]) >= {"sft", "ppo"} and 0.0 <= results["win_rate_vs_sft"] <= 1.0
+    found = jaxgpt(home, "report", "runs/small")
+    assert found.returncode == 0 and (home / "runs/small/report.html").is_file(), found.stderr
+    report = json.loads((home / "runs/small/report.json").read_text())
+    assert report["ppo"]["gold_after"] == results["stages"]["ppo"]["gold"]
+    assert report["reward"]["heldout_accuracy"] == results["reward"]["accuracy"]
+
+
+def test_run_finds_everything_finished_and_ends_with_a_table(home: Path) -> None:
+    found = jaxgpt(home, "run", "small.yaml")
+    assert found.returncode == 0, found.stderr
+    for part in ("pretrain", "sft", "reward", "ppo", "evaluate"):
+        assert f"{part}  finished" in found.stdout
+    assert "report.html" in found.stdout
+
+
+def test_sample_and_chat_speak_with_a_finished_stage(home: Path) -> None:
+    found = jaxgpt(home, "sample", "runs/small/pretrain", "The fox", "--max-tokens", "4", "--temperature", "0")
+    assert found.returncode == 0 and found.stdout.startswith("The fox"), found.stderr
+    found = jaxgpt(home, "chat", "runs/small", "--max-tokens", "4", stdin="Hello!\n/reset\nWho are you?\n/exit\n")
+    assert found.returncode == 0, found.stderr
+
+
+def test_config_prints_settings_that_give_the_same_run(home: Path) -> None:
+    found = jaxgpt(home, "config", "small.yaml", "sft.steps=7")
+    assert found.returncode == 0 and "sft.steps=7" in found.stdout
+
+
+def test_a_changed_setting_under_the_same_name_is_refused_with_the_difference(home: Path) -> None:
+    found = jaxgpt(home, "sft", "small.yaml", "sft.optimizer.lr=0.5")
+    assert found.returncode == 2
+    assert "sft.optimizer.lr: 0.001 -> 0.5" in found.stderr and "name=" in found.stderr
+    allowed = jaxgpt(home, "sft", "small.yaml", "sft.log_every=3", "sft.checkpoint.every=1")
+    assert allowed.returncode == 0, allowed.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("pretrain", "small.yaml", "pretrain.context=1000"), "model.context is 160"),
+        (("pretrain", "small.yaml", "mesh.tensor=3"), "there are 1"),
+        (("pretrain", "small.yaml", "data.sources.wikipedia.path=nowhere.jsonl"), "nowhere.jsonl"),
+        (("ppo", "small.yaml", "ppo.prompt_length=4"), "ppo.prompt_length"),
+        (("sft", "small.yaml", "model.width=32"), "another"),
+        (("pretrain", "small.yaml", "model.vocab=100"), "model.vocab is 100"),
+        (("eval", "small.yaml", "evaluate.scorer=jaxgpt.data.meadow:gold_scores"), "gold_score"),
+        (("sample", "runs/small/reward", "Hello"), "holds a reward model"),
+        (("report", "runs/smal"), "small"),
+    ],
+)
+def test_mistakes_that_only_the_run_can_see_are_told_in_words(
+    home: Path, words: tuple[str, ...], expected: str
+) -> None:
+    extra = (f"name={words[0]}_{len(words[-1])}",) if words[0] == "pretrain" else ()
+    found = jaxgpt(home, *words, *extra)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert expected in found.stderr and "Traceback" not in found.stderr
+
+
+def test_a_checkpoint_can_be_spoken_with_while_its_stage_goes_on(home: Path) -> None:
+    for stage, step in (("pretrain", 2), ("ppo", 2)):
+        folder = f"runs/small/{stage}/checkpoints/{step}"
+        found = jaxgpt(home, "sample", folder, "The fox", "--max-tokens", "3", "--temperature", "0")
+        assert found.returncode == 0 and found.stdout.startswith("The fox"), found.stderr
