@@ -160,13 +160,13 @@ def test_a_polite_stop_saves_and_exits_with_75(undisturbed, compiled, tmp_path):
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_kills_at_any_time_leave_no_trace(undisturbed, compiled, tmp_path, seed):
     rng, folder, kills = random.Random(seed), tmp_path / "run", 0
     for _ in range(12):
         process = start(folder, compiled)
         try:
-            process.wait(timeout=rng.uniform(2.0, 25.0))
+            process.wait(timeout=rng.uniform(1.0, 12.0))
         except subprocess.TimeoutExpired:
             process.kill()
             kills += 1
