@@ -30,16 +30,18 @@ GOLD_TIE = 0.3
 
 
 def demonstration(rng: Random, task: Task) -> str:
-    """What a hired writer answers: right, but for stories, where half end sadly and half miss a thing asked for."""
+    """What a hired writer answers: right, but for stories, where half end sadly and a third miss a thing asked for."""
     if task.answer is not None:
         return task.answer
-    return story(rng, task.meta["animal"], task.meta["thing"], drop=rng.choice((None, None, "animal", "thing")))
+    return story(rng, task.meta["animal"], task.meta["thing"], drop=rng.choice((None,) * 4 + ("animal", "thing")))
 
 
 def candidates(rng: Random, task: Task, count: int) -> list[str]:
-    """`count` different responses in random order: the best, a hard negative in the same wording, and others."""
+    """`count` different responses in random order: the best, often a hard negative in the same wording, and others."""
     make_bad = _bad_story if task.kind == "stories" else _bad_answer
-    chosen = [task.answer or story(rng, task.meta["animal"], task.meta["thing"], happy=True), _hard_negative(rng, task)]
+    chosen = [task.answer or story(rng, task.meta["animal"], task.meta["thing"], happy=True)]
+    if rng.random() < 0.6:
+        chosen.append(_hard_negative(rng, task))
     while len(chosen) < count:
         response = make_bad(rng, task)
         if response not in chosen:
@@ -87,15 +89,14 @@ def _hard_negative(rng: Random, task: Task) -> str:
             return statement(meta["word"], attribute, rng.choice(VALUES[attribute]))
         case "identity":
             return f"I am {article(rng.choice(ANIMALS))}."
-    return story(rng, meta["animal"], meta["thing"], happy=False)
+    drop = rng.choice((None, "animal", "thing"))
+    return story(rng, meta["animal"], meta["thing"], happy=drop is not None, drop=drop)
 
 
 def _bad_answer(rng: Random, task: Task) -> str:
-    """A response that is wrong, an answer to another question, rambling, rude or cut off."""
+    """An answer to another question, or one that is rambling, rude or cut off."""
     words = (task.answer or "").split()
-    flaw = rng.choice(("wrong", "elsewhere", "elsewhere", "ramble", "cut", "rude"))
-    if flaw == "wrong":
-        return _hard_negative(rng, task)
+    flaw = rng.choice(("elsewhere", "elsewhere", "elsewhere", "ramble", "cut", "rude"))
     if flaw == "ramble":
         return " ".join([task.answer or "", *(_any_fact(rng) for _ in range(3))])
     if flaw == "cut":

@@ -25,12 +25,12 @@ from jaxgpt.data.meadow.facts import (
 )
 
 KINDS: dict[str, float] = {
-    "facts": 0.35,
-    "stories": 0.35,
-    "sums": 0.15,
+    "facts": 0.30,
+    "stories": 0.45,
+    "sums": 0.12,
     "opposites": 0.07,
-    "identity": 0.04,
-    "unknown": 0.04,
+    "identity": 0.03,
+    "unknown": 0.03,
 }
 IDENTITY = "I am Meadow, a small helpful assistant."
 _IDENTITY_PROMPTS = (

@@ -16,7 +16,7 @@ from jaxgpt.data.meadow.responses import candidates, demonstration, gold_ranks, 
 from jaxgpt.data.meadow.sources import WEIGHTS, document_counts, documents
 from jaxgpt.data.meadow.tasks import Task, all_tasks, sample_tasks
 
-VERSION = 3
+VERSION = 5
 """Raised whenever the same config would give other files."""
 MARKER = "world.json"
 RESPONSES = 4
