@@ -166,14 +166,16 @@ def test_rankings_hold_four_different_responses_with_a_noisy_order(world: Path) 
     assert 0.9 < agreement["rankings"] < 1.0
 
 
-def test_a_fact_is_ranked_against_a_wrong_value_in_the_same_wording(world: Path) -> None:
+def test_most_facts_are_ranked_against_a_wrong_value_in_the_same_wording(world: Path) -> None:
+    hard = []
     answers = {task.prompt: task.answer for tasks in all_tasks(held_out=False).values() for task in tasks}
     for record in read(world, "rankings"):
         if record["kind"] == "facts":
             right = answers[record["prompt"]]
             stem = right.rsplit(" ", 1)[0]
             assert right in record["responses"]
-            assert any(text != right and text.rsplit(" ", 1)[0] == stem for text in record["responses"])
+            hard.append(any(text != right and text.rsplit(" ", 1)[0] == stem for text in record["responses"]))
+    assert 0.4 < sum(hard) / len(hard) < 0.85
 
 
 def test_gold_score_of_stories_and_answers() -> None:
