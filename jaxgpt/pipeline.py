@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import signal
 import time
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,20 +23,22 @@ from rich.console import Console
 from jaxgpt.api import keep_compiled
 from jaxgpt.config.load import difference, dump
 from jaxgpt.config.schema import Config, StageConfig
+from jaxgpt.data.meadow import is_current as is_current_world
 from jaxgpt.data.meadow import write_world
 from jaxgpt.data.records import file_hash, read_fields, read_texts
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.suite import Suite, check_evaluate
-from jaxgpt.mesh import make_mesh
+from jaxgpt.mesh import check_batch, make_mesh
 from jaxgpt.report import summary_table, write_report
 from jaxgpt.stages import ppo, pretrain, reward, sft
-from jaxgpt.stages.run import RANDOM, STAGES, Run, run_folder
+from jaxgpt.stages.run import RANDOM, STAGES, Run, parents, resolved, run_folder, stage_folder
 from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
 
 RUNTIME = ("checkpoint", "log_every", "accumulate")
 """Settings of a stage that do not change what comes out of it."""
+LOAD = {"sft": sft.load, "reward": reward.load, "ppo": ppo.load}
 MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage}
 
 
@@ -43,6 +47,7 @@ def run_verb(verb: str, config: Config) -> int:
     keep_compiled()
     console = Console(soft_wrap=True)
     pipeline = Pipeline(config, console)
+    before = signal.signal(signal.SIGTERM, _preempt)  # training has a handler of its own, which saves first
     try:
         match verb:
             case "run":
@@ -61,7 +66,13 @@ def run_verb(verb: str, config: Config) -> int:
     except Preempted as stopped:
         console.print(str(stopped), highlight=False)
         return RESUMABLE
+    finally:
+        signal.signal(signal.SIGTERM, before)
     return 0
+
+
+def _preempt(number: int, frame: types.FrameType | None) -> None:
+    raise Preempted("stopped between stages; the same command goes on")
 
 
 class Pipeline:
@@ -79,8 +90,9 @@ class Pipeline:
             raise UserError(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
         if self.config.evaluate is not None:
             check_evaluate(self.config.evaluate)
+        self.check(asked)
         self.prepare()
-        self.tokenizer()
+        self.check_records(asked, self.tokenizer())
         for name in asked:
             self.stage(name)
         if self.config.evaluate is not None:
@@ -91,39 +103,84 @@ class Pipeline:
 
     def one(self, name: str) -> None:
         """One stage, with the data and the tokenizer it needs."""
+        self.check([name])
         self.prepare()
-        self.tokenizer()
         self.stage(name)
+
+    def check(self, names: list[str]) -> None:
+        """Raises UserError for what a stage would only find out later: no data, a batch the mesh does not divide."""
+        mesh = make_mesh(self.config.mesh)
+        for name in names:
+            section = getattr(self.config, name)
+            if name != "pretrain" and section.data is None:
+                raise UserError(f"{name}.data.path is not set: a JSONL file for that stage")
+            if section.best == "best" and (name == "ppo" or not self._has_held_out(name)):
+                raise UserError(f"{name}.best=best needs an evaluation, and there is no held-out data for this stage")
+            check_batch(mesh, section.batch // section.accumulate, f"{name}.batch / {name}.accumulate")
+            context = section.prompt_length + section.response_length if name == "ppo" else section.context
+            what = "ppo.prompt_length + ppo.response_length" if name == "ppo" else f"{name}.context"
+            pretrain.check_context(self.config.model, context, what)
+
+    def _has_held_out(self, name: str) -> bool:
+        if name == "pretrain":
+            return self.config.data.val_fraction > 0
+        return getattr(self.config, name).data.eval_path is not None
+
+    def check_records(self, names: list[str], tokenizer: Tokenizer) -> None:
+        """Reads the records of the stages still to come, so that a bad one is told before anything is trained."""
+        mesh = make_mesh(self.config.mesh)
+        run = Run.open(self.config, tokenizer, mesh)
+        for name in names:
+            if name in LOAD and not (self.folder / name / "done.json").exists():
+                LOAD[name](run, getattr(self.config, name))
 
     def prepare(self) -> None:
         """Makes the data files, where the config asks for that."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "config.yaml", dump(self.config))
-        if self.config.prepare is not None:
-            with self._part("prepare"):
-                write_world(self.folder / "data", self.config.prepare)
+        made = self.config.prepare
+        if made is None:
+            return
+        if (self.folder / "data").exists() and not is_current_world(self.folder / "data", made) and self._begun():
+            raise UserError(
+                f"{self.folder / 'data'} was made with other settings, and stages were trained with it; "
+                f"use another name=..., or remove {self.folder}"
+            )
+        with self._part("prepare"):
+            write_world(self.folder / "data", made)
+
+    def _begun(self) -> bool:
+        return any(_has_work(self.folder / name) for name in STAGES)
 
     def paths(self, given: str | tuple[str, ...]) -> list[str]:
         """Paths of the config, with {run} put in."""
-        return [path.replace("{run}", str(self.folder)) for path in ([given] if isinstance(given, str) else given)]
+        return resolved(self.config, given)
+
+    def _keep_config(self) -> None:
+        """Writes the resolved config, once nothing speaks against it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write(self.folder / "config.yaml", dump(self.config))
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: loaded where it is already there, copied from a file of the user's, or trained."""
         c, home = self.config.tokenizer, self.folder / "tokenizer"
-        if c.path is not None:
-            inputs = {"path": file_hash([c.path])}
+        given = None if c.path is None else Path(self.paths(c.path)[0])
+        template = None if c.template is None else self.paths(c.template)[0]
+        if given is not None:
+            inputs = {"path": file_hash([given / "tokenizer.model" if given.is_dir() else given])}
         else:
             inputs = {"settings": c.model_dump(mode="json"), "text": file_hash(self._learned_from())}
-        inputs["template"] = None if c.template is None else file_hash([c.template])
+        inputs["template"] = None if template is None else file_hash([template])
         if _same_inputs(home, inputs):
             return Tokenizer.load(home)
         with self._part("tokenizer"):
-            if any((self.folder / name / "done.json").exists() for name in STAGES):
+            if self._begun():
                 raise UserError(
                     f"{home} was made from other settings or text, and stages were trained with it; "
                     f"use another name=..., or remove {self.folder}"
                 )
-            made = Tokenizer.load(c.path, c.template) if c.path is not None else train_tokenizer(self._texts(), c)
+            if given is not None:
+                made = Tokenizer.load(given, template)
+            else:
+                made = train_tokenizer(self._texts(), c.model_copy(update={"template": template}))
             made.save(home)
             _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
             self.console.print(f"tokenizer  {made.size} pieces", highlight=False)
@@ -167,8 +224,6 @@ class Pipeline:
         """Trains a stage to its end, unless it is finished from the same inputs."""
         config: StageConfig = getattr(self.config, name)
         home, tokenizer = self.folder / name, self.tokenizer()
-        if name == "pretrain":
-            self.tokens(tokenizer)
         inputs = self._inputs(name, config, tokenizer)
         known = _read_inputs(home)
         if known is not None and known != inputs and _has_work(home):
@@ -179,17 +234,17 @@ class Pipeline:
         if known == inputs and (home / "done.json").exists():
             self.console.print(f"{name}  finished", highlight=False)
             return
+        if name == "pretrain":
+            self.tokens(tokenizer)
         mesh = make_mesh(self.config.mesh)
         with jax.set_mesh(mesh):
             run = Run.open(self.config, tokenizer, mesh)
-            for parent in self._parents(name, config):
+            for parent in inputs["parents"]:
                 run.result(parent)
             made: Stage = MAKE[name](run, config)
             home.mkdir(parents=True, exist_ok=True)
             _write(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
-            if name == "pretrain":
-                for line in pretrain.mixture_lines(run, config):
-                    self.console.print(f"  {line}", highlight=False)
+            self._keep_config()
             train(made, home, config, run.meta("scalar" if name == "reward" else "language"), self.console)
 
     def _inputs(self, name: str, config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -207,19 +262,13 @@ class Pipeline:
         elif settings.get("data"):
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
             inputs["files"] = [_short(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
-        inputs["parents"] = {parent: self._mark(parent) for parent in self._parents(name, config)}
+        before = [parent for parent in parents(self.config, name).values() if parent != RANDOM]
+        inputs["parents"] = {parent: self._mark(parent) for parent in before}
         return inputs
 
-    def _parents(self, name: str, config: StageConfig) -> list[str]:
-        before = {"pretrain": None, "sft": "pretrain", "reward": "sft", "ppo": "sft"}[name]
-        natural = before if before is not None and getattr(self.config, before) is not None else None
-        parents = [config.init or natural] + ([config.reward or "reward"] if name == "ppo" else [])
-        return [parent for parent in parents if parent is not None and parent != RANDOM]
-
     def _mark(self, parent: str) -> str | None:
-        folder = self.folder / parent if parent in STAGES else Path(*self.paths(parent))
         try:
-            return json.loads((folder / "done.json").read_text())["fingerprint"]
+            return json.loads((stage_folder(self.config, parent) / "done.json").read_text())["fingerprint"]
         except (OSError, ValueError, KeyError):
             return None
 
@@ -236,14 +285,20 @@ class Pipeline:
         with self._part("evaluate"):
             results = Suite(self.folder, self.config, c, self.config.mesh, self.console).run()
             home.mkdir(exist_ok=True)
+            self._keep_config()
             _write(home / "results.json", json.dumps(results, indent=1) + "\n")
             _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
+        """Tells how long a part took, and keeps that for the report."""
         began = time.monotonic()
         yield
-        self.console.print(f"{name}  {time.monotonic() - began:.1f} s", highlight=False)
+        spent = time.monotonic() - began
+        self.console.print(f"{name}  {spent:.1f} s", highlight=False)
+        book = self.folder / "parts.json"
+        known = json.loads(book.read_text()) if book.exists() else {}
+        _write(book, json.dumps(known | {name: round(known.get(name, 0.0) + spent, 2)}, indent=1) + "\n")
 
 
 def _short(paths: list[str]) -> str:

@@ -165,3 +165,38 @@ def test_a_checkpoint_can_be_spoken_with_while_its_stage_goes_on(home: Path) -> 
         folder = f"runs/small/{stage}/checkpoints/{step}"
         found = jaxgpt(home, "sample", folder, "The fox", "--max-tokens", "3", "--temperature", "0")
         assert found.returncode == 0 and found.stdout.startswith("The fox"), found.stderr
+
+
+def test_mistakes_of_every_stage_are_told_before_the_first_one_trains(home: Path) -> None:
+    for words, expected in (
+        (("ppo.data=null",), "ppo.data.path is not set"),
+        (("reward.best=best", "reward.data.eval_path=null"), "needs an evaluation"),
+        (("ppo.prompt_length=4",), "ppo.prompt_length is 4"),
+        (("reward.batch=8", "mesh.fsdp=1", "reward.context=24"), "reward.context is 24"),
+    ):
+        found = jaxgpt(home, "run", "small.yaml", "name=early", *words)
+        assert found.returncode == 2 and expected in found.stderr, found.stdout + found.stderr
+        assert not (home / "runs/early/pretrain").exists()
+
+
+def test_a_refused_command_leaves_the_run_as_it_was(home: Path) -> None:
+    before = (home / "runs/small/config.yaml").read_text()
+    assert jaxgpt(home, "pretrain", "small.yaml", "pretrain.steps=9").returncode == 2
+    found = jaxgpt(home, "run", "small.yaml", "prepare.seed=5")
+    assert found.returncode == 2 and "was made with other settings" in found.stderr
+    assert (home / "runs/small/config.yaml").read_text() == before
+
+
+def test_one_text_file_asks_for_another_way_of_holding_out(home: Path) -> None:
+    (home / "book.txt").write_text("A line of a book.\n" * 200)
+    words = ("pretrain", "small.yaml", "name=book", "prepare=null", "data={path: book.txt}", "tokenizer={vocab: 300}")
+    found = jaxgpt(home, *words)
+    assert found.returncode == 2 and "data.val_split=tail" in found.stderr, found.stderr
+    found = jaxgpt(home, *words, "data.val_split=tail", "data.val_fraction=0.2")
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_file_where_the_runs_belong_is_told_without_a_traceback(home: Path) -> None:
+    (home / "file").write_text("")
+    found = jaxgpt(home, "pretrain", "small.yaml", "runs=file")
+    assert found.returncode == 2 and "Traceback" not in found.stderr

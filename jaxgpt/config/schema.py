@@ -34,6 +34,7 @@ def _whole(value: Any) -> Any:
 # Bounds stand before the validator, which then runs first and leaves them in the JSON schema.
 Count = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
 Whole = Annotated[int, Field(ge=0), BeforeValidator(_whole)]
+Seed = Annotated[int, Field(ge=0, lt=2**32), BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
@@ -309,7 +310,7 @@ class PrepareConfig(Section):
 
     type: Literal["meadow"] = "meadow"
     """meadow writes a small invented world: text, instructions, rankings and prompts."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of the world's texts (its facts are always the same)."""
     documents: Count = 30_000
     """Pretraining documents."""
@@ -336,9 +337,9 @@ class OptimizerConfig(Section):
     """Share of the stage over which the rate rises to the peak."""
     final: Share = 0.1
     """Rate at the end, as a share of the peak."""
-    b1: Share = 0.9
+    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the first moment."""
-    b2: Share = 0.95
+    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -549,7 +550,7 @@ class Config(Section):
     """Name of the run and of its folder."""
     runs: str = "runs"
     """Folder of all runs."""
-    seed: Whole = 0
+    seed: Seed = 0
     """Seed of every random choice but the prepared data's."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""

@@ -73,6 +73,8 @@ class PackedConversations:
 
     def __init__(self, examples: Sequence[Example], context: int, block: int = BLOCK):
         self.context = context
+        self.count = len(examples)
+        """Conversations in all."""
         lengths = np.array([len(example.ids) for example in examples], np.int64)
         self._starts = np.concatenate([[0], np.cumsum(lengths)])
         self._ids = np.concatenate([example.ids for example in examples])

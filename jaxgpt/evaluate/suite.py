@@ -16,7 +16,6 @@ from jaxgpt.api import Model, load
 from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_rankings
-from jaxgpt.data.records import read_jsonl
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.answers import (
     Answers,
@@ -31,6 +30,7 @@ from jaxgpt.evaluate.answers import (
 )
 from jaxgpt.evaluate.rewards import reward_accuracy
 from jaxgpt.evaluate.scorer import load_scorer
+from jaxgpt.stages.run import resolved
 
 
 def check_evaluate(evaluate: EvaluateConfig) -> None:
@@ -59,13 +59,10 @@ class Suite:
         self.exact = self._prompts(evaluate.exact.path) if evaluate.exact is not None else self.asked
         self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer is not None else None
 
-    def _paths(self, given: str | tuple[str, ...]) -> list[str]:
-        return [path.replace("{run}", str(self.folder)) for path in ([given] if isinstance(given, str) else given)]
-
     def _prompts(self, path: str | tuple[str, ...]) -> PromptRows:
         model = next(iter(self.models.values()))
         room = model.config.context - self.c.max_tokens
-        return load_prompts(self._paths(path), model.tokenizer, room, "model.context - evaluate.max_tokens")
+        return load_prompts(resolved(self.config, path), model.tokenizer, room, "model.context - evaluate.max_tokens")
 
     def run(self) -> dict[str, Any]:
         """Everything, as JSON."""
@@ -125,9 +122,9 @@ class Suite:
         config = self.config.reward
         if config is None or config.data is None or config.data.eval_path is None:
             return {}
-        paths = self._paths(config.data.eval_path)
-        kinds = [record.value.get("kind", "all") for record in read_jsonl(paths)]
+        paths = resolved(self.config, config.data.eval_path)
         rows = load_rankings(paths, model.tokenizer, config.context, config.responses)
+        kinds = [ranking.kind or "all" for ranking in rows.rankings]
         return reward_accuracy(model, rows, kinds, self.c.batch)
 
     def _samples(self) -> list[dict[str, str]]:

@@ -72,6 +72,8 @@ class Run:
     stages: Mapping[str, Stage]
     results: Mapping[str, Any]
     """What the evaluation wrote; empty before it ran."""
+    parts: Mapping[str, float]
+    """Seconds of what is no stage: data, tokenizer, token shards, evaluation."""
 
     @property
     def name(self) -> str:
@@ -117,6 +119,7 @@ def read_run(folder: Path) -> Run:
         config=_read_config(folder / "config.yaml"),
         stages=stages,
         results=_read_object(folder / "evaluate" / "results.json") or {},
+        parts=_read_object(folder / "parts.json") or {},
     )
 
 

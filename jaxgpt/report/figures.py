@@ -22,6 +22,7 @@ def report_figures(run: Run) -> dict[str, Any]:
     seconds = {name: stage.seconds for name, stage in stages.items() if stage.seconds is not None}
     if "seconds" in run.results:
         seconds["evaluate"] = float(run.results["seconds"])
+    seconds |= run.parts
     sections = {
         "pretrain": _pretrain(stages["pretrain"]) if "pretrain" in stages else None,
         "sft": _sft(stages["sft"], run.results) if "sft" in stages else None,

@@ -5,11 +5,9 @@ The trainables are one tree, {"policy", "value"}; the frozen reference and rewar
 
 from __future__ import annotations
 
-import jax
-
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.mixture import Batches, single
-from jaxgpt.data.prompts import load_prompts
+from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Ratio, ppo_policy, ppo_value, token_logp
 from jaxgpt.mesh import check_batch
@@ -39,22 +37,27 @@ def ppo_loss(config: PpoConfig, lm: Net, scalar: Net) -> Loss:
     return loss
 
 
-def stage(run: Run, config: PpoConfig) -> Stage:
-    """PPO as a value; call under `jax.set_mesh`."""
+def load(run: Run, config: PpoConfig) -> PromptRows:
+    """The prompts. Raises UserError naming the record that cannot be used."""
     if config.data is None:
         raise UserError("ppo.data.path is not set: a JSONL file of prompts")
+    return load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length)
+
+
+def stage(run: Run, config: PpoConfig) -> Stage:
+    """PPO as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "ppo.batch / ppo.accumulate")
-    check_context(run, config.prompt_length + config.response_length, "ppo.prompt_length + ppo.response_length")
+    length = config.prompt_length + config.response_length
+    check_context(run.config.model, length, "ppo.prompt_length + ppo.response_length")
     lm, scalar = language_model(run.config.model, run.vocab), scalar_model(run.config.model, run.vocab)
-    init, reward = config.init or "sft", config.reward or "reward"
-    prompts = load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length)
-    hosts = (jax.process_index(), jax.process_count())
+    init, reward = run.parent("ppo"), run.parent("ppo", "reward")
+    prompts = load(run, config)
     rollouts = Rollouts(
         config=config,
         lm=lm,
         scalar=scalar,
         frozen={"reference": run.load_language(init), "reward": run.load_scalar(reward)},
-        prompts=Batches(single(prompts, run.config.seed), config.episodes, hosts),
+        prompts=Batches(single(prompts, run.config.seed), config.episodes, run.hosts),
         mesh=run.mesh,
         key=run.key("ppo"),
         end=run.tokenizer.eos,
@@ -75,4 +78,5 @@ def stage(run: Run, config: PpoConfig) -> Stage:
         boundary=lambda step: step % per == 0,
         extras={"kl_coef": config.kl.coef},
         finish=lambda params: params["policy"],
+        notes=(f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes",),
     )

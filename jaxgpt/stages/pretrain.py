@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from jaxgpt.config.schema import PretrainConfig
+from jaxgpt.config.schema import ModelConfig, PretrainConfig
 from jaxgpt.data.mixture import Batches, describe, mixture, ordered
 from jaxgpt.data.tokens import Rows, Shard
 from jaxgpt.errors import UserError
@@ -52,12 +52,10 @@ def lower_nll(figures: dict[str, float]) -> float:
     return -figures["nll"]
 
 
-def check_context(run: Run, context: int, name: str) -> None:
+def check_context(model: ModelConfig, context: int, name: str) -> None:
     """Raises UserError where rows are longer than the model's context."""
-    if context > run.config.model.context:
-        raise UserError(
-            f"{name} is {context}, and model.context is {run.config.model.context}; lower the one or raise the other"
-        )
+    if context > model.context:
+        raise UserError(f"{name} is {context}, and model.context is {model.context}; lower the one or raise the other")
 
 
 def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
@@ -70,38 +68,38 @@ def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
 def stage(run: Run, config: PretrainConfig) -> Stage:
     """Pretraining as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "pretrain.batch / pretrain.accumulate")
-    check_context(run, config.context, "pretrain.context")
+    check_context(run.config.model, config.context, "pretrain.context")
     net = language_model(run.config.model, run.vocab)
     weights = {name: source.weight for name, source in run.config.data.named.items()}
     draws = mixture(sources(run, config), weights, run.config.seed)
-    hosts = (jax.process_index(), jax.process_count())
     evaluate = None
     if run.config.data.val_fraction > 0:
         shards = [Shard.open(run.folder / "tokens" / name, "val") for name in weights]
         rows = [Rows(shard, config.context, partial=True) for shard in shards if len(shard) > 1]
-        fixed = Batches(ordered(*rows), config.batch, hosts)
+        if not rows:
+            raise UserError(
+                "there is no held-out text: data.val_split=document holds out whole documents, and each source has "
+                "only one; set data.val_split=tail, or data.val_fraction=0 for no validation"
+            )
+        fixed = Batches(ordered(*rows), config.batch, run.hosts)
         evaluate = mean_of(language_loss(net), held_out(fixed, config.eval_batches, run.mesh))
-    init = config.init or RANDOM
-    key = run.key("pretrain")
+    init, key = run.parent("pretrain"), run.key("pretrain")
+    source = FromData(Batches(draws, config.batch, run.hosts), run.mesh)
     return Stage(
         name="pretrain",
         init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
         abstract=net.abstract,
         loss=language_loss(net),
-        source=FromData(Batches(draws, config.batch, hosts), run.mesh),
+        source=source,
         tx=adamw(config.optimizer, config.steps),
         schedule=schedule(config.optimizer, config.steps),
         steps=config.steps,
         tokens_per_step=config.batch * config.context,
         evaluate=evaluate,
         quality=lower_nll,
+        notes=tuple(
+            f"{use.name}: {use.tokens:,} tokens, {use.share:.1%} of the rows, {use.epochs:.2f} epochs"
+            for use in describe(sources(run, config), weights, config.steps, config.batch)
+        ),
+        close=source.close,
     )
-
-
-def mixture_lines(run: Run, config: PretrainConfig) -> list[str]:
-    """What the run makes of each source, in words: tokens, exact share, epochs."""
-    weights = {name: source.weight for name, source in run.config.data.named.items()}
-    return [
-        f"{use.name}: {use.tokens:,} tokens, {use.share:.1%} of the rows, {use.epochs:.2f} epochs"
-        for use in describe(sources(run, config), weights, config.steps, config.batch)
-    ]

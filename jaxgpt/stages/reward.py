@@ -5,6 +5,8 @@ Letters: B prompts, K responses of one prompt, T time.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import P
@@ -59,36 +61,48 @@ def ranking_loss(net: Net) -> Loss:
     return loss
 
 
-def normalized(net: Net, rows: RankingRows, batch: int, mesh: jax.sharding.Mesh, params: Params) -> Params:
+def normalized(run: Run, net: Net, rows: RankingRows, batch: int, params: Params) -> Params:
     """The same ranking with scores of mean 0 and deviation 1 over training responses: the linear head takes both in."""
-    score = jax.jit(lambda params, batch: score_rankings(net.bind(params), batch))
-    batches = held_out(Batches(ordered(rows), batch), -(-NORMALIZED_OVER // batch), mesh)
-    scores = [jax.device_get((score(params, b), b["lengths"] > 0)) for b in batches]
-    known = jnp.concatenate([s[valid] for s, valid in scores])
-    mean, deviation = float(jnp.mean(known)), max(float(jnp.std(known)), 1e-6)
+
+    @jax.jit
+    def sums(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+        scores_BK, valid_BK = score_rankings(net.bind(params), batch), batch["lengths"] > 0
+        known_BK = jnp.where(valid_BK, scores_BK, 0.0)
+        return jnp.sum(valid_BK), jnp.sum(known_BK), jnp.sum(jnp.square(known_BK))
+
+    fixed = Batches(ordered(rows), batch, run.hosts)
+    parts = [jax.device_get(sums(params, b)) for b in held_out(fixed, -(-NORMALIZED_OVER // batch), run.mesh)]
+    count, total, squares = (math.fsum(float(part[i]) for part in parts) for i in range(3))
+    mean = total / count
+    deviation = max(math.sqrt(max(squares / count - mean**2, 0.0)), 1e-6)
     return {**params, "head_D": params["head_D"] / deviation, "bias": (params["bias"] - mean) / deviation}
+
+
+def load(run: Run, config: RewardConfig) -> tuple[RankingRows, RankingRows | None]:
+    """The training and held-out rankings. Raises UserError naming the record that cannot be used."""
+    if config.data is None:
+        raise UserError("reward.data.path is not set: a JSONL file of rankings")
+    data = config.data
+    rows = load_rankings(run.paths(data.path), run.tokenizer, config.context, config.responses)
+    if data.eval_path is None:
+        return rows, None
+    test = load_rankings(run.paths(data.eval_path), run.tokenizer, config.context, config.responses)
+    check_split(rows, test)
+    return rows, test
 
 
 def stage(run: Run, config: RewardConfig) -> Stage:
     """Reward modelling as a value; call under `jax.set_mesh`."""
-    if config.data is None:
-        raise UserError("reward.data.path is not set: a JSONL file of rankings")
     check_batch(run.mesh, config.batch // config.accumulate, "reward.batch / reward.accumulate")
-    check_context(run, config.context, "reward.context")
+    check_context(run.config.model, config.context, "reward.context")
     net = scalar_model(run.config.model, run.vocab)
-    hosts = (jax.process_index(), jax.process_count())
-
-    def load(given: str | tuple[str, ...]) -> RankingRows:
-        return load_rankings(run.paths(given), run.tokenizer, config.context, config.responses)
-
-    rows, evaluate = load(config.data.path), None
-    if config.data.eval_path is not None:
-        test = load(config.data.eval_path)
-        check_split(rows, test)
-        fixed = Batches(ordered(test), config.batch, hosts)
+    rows, test = load(run, config)
+    source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
+    evaluate = None
+    if test is not None:
+        fixed = Batches(ordered(test), config.batch, run.hosts)
         evaluate = mean_of(ranking_loss(net), held_out(fixed, config.eval_batches, run.mesh))
-    init = config.init or ("sft" if run.config.sft is not None else RANDOM)
-    key = run.key("reward")
+    init, key = run.parent("reward"), run.key("reward")
 
     def start() -> Params:
         fresh = jax.jit(net.init)(key)
@@ -99,14 +113,16 @@ def stage(run: Run, config: RewardConfig) -> Stage:
         init=start,
         abstract=net.abstract,
         loss=ranking_loss(net),
-        source=FromData(Batches(single(rows, run.config.seed), config.batch, hosts), run.mesh),
+        source=source,
         tx=adamw(config.optimizer, config.steps),
         schedule=schedule(config.optimizer, config.steps),
         steps=config.steps,
         tokens_per_step=config.batch * config.responses * config.context,
         evaluate=evaluate,
         quality=lambda figures: figures["accuracy"],
-        finish=(lambda params: normalized(net, rows, config.batch, run.mesh, params)) if config.normalize else _same,
+        finish=(lambda params: normalized(run, net, rows, config.batch, params)) if config.normalize else _same,
+        notes=(f"{len(rows):,} rankings, {config.steps * config.batch / len(rows):.2f} epochs",),
+        close=source.close,
     )
 
 

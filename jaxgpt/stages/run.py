@@ -6,14 +6,14 @@ Reads files.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from jaxgpt.config.schema import Config, ModelConfig
-from jaxgpt.data.mixture import Batch, Batches
+from jaxgpt.config.schema import Config, ModelConfig, StageConfig
+from jaxgpt.data.mixture import Batches
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.mesh import check_model, put_batch
@@ -30,6 +30,27 @@ RANDOM = "random"
 def run_folder(config: Config) -> Path:
     """Folder of the run."""
     return Path(config.runs) / config.name
+
+
+def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
+    """Paths of the config, with {run} put in."""
+    folder = str(run_folder(config))
+    return [path.replace("{run}", folder) for path in ([given] if isinstance(given, str) else given)]
+
+
+def parents(config: Config, name: str) -> dict[str, str]:
+    """What a stage starts from, by role: "start" (a stage, another run's stage folder, or random), PPO's "reward"."""
+    section: StageConfig = getattr(config, name)
+    if name == "ppo":
+        return {"start": section.init or "sft", "reward": config.ppo.reward or "reward"}
+    before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}[name]
+    natural = before if before is not None and getattr(config, before) is not None else RANDOM
+    return {"start": section.init or natural}
+
+
+def stage_folder(config: Config, init: str) -> Path:
+    """The folder that `init` names."""
+    return run_folder(config) / init if init in STAGES else Path(resolved(config, init)[0])
 
 
 def vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> int:
@@ -62,20 +83,25 @@ class Run:
         """The root of a stage's randomness."""
         return jax.random.fold_in(jax.random.key(self.config.seed), _number(name))
 
-    def path(self, text: str) -> str:
-        """A path of the config, with {run} put in."""
-        return text.replace("{run}", str(self.folder))
+    @property
+    def hosts(self) -> tuple[int, int]:
+        """This host's number and how many there are."""
+        return jax.process_index(), jax.process_count()
 
     def paths(self, given: str | tuple[str, ...]) -> list[str]:
         """Paths of the config, with {run} put in."""
-        return [self.path(text) for text in ([given] if isinstance(given, str) else given)]
+        return resolved(self.config, given)
+
+    def parent(self, name: str, role: str = "start") -> str:
+        """What a stage starts from in a role."""
+        return parents(self.config, name)[role]
 
     def result(self, init: str) -> Path:
         """The folder of finished parameters that `init` names: a stage of this run, or another run's stage folder.
 
         Raises UserError where that stage has not finished.
         """
-        folder = self.folder / init if init in STAGES else Path(self.path(init))
+        folder = stage_folder(self.config, init)
         if (folder / "done.json").is_file() and (folder / "params").is_dir():
             return folder / "params"
         if init in STAGES:
@@ -127,14 +153,21 @@ class FromData:
     def __init__(self, batches: Batches, mesh: jax.sharding.Mesh):
         self._batches, self._mesh = batches, mesh
         self._next: int | None = None
-        self._ahead: Iterator[Batch] = iter(())
+        self._ahead: Any = None
 
     def __call__(self, step: int, state: State) -> Drawn:
         """The batch of a step; asking in order is what is fast."""
         if step != self._next:
+            self.close()
             self._ahead = self._batches.iterate(step)
         self._next = step + 1
         return Drawn(put_batch(next(self._ahead), self._mesh), state.extras)
+
+    def close(self) -> None:
+        """Ends the reading ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
 
 
 def held_out(batches: Batches, most: int, mesh: jax.sharding.Mesh) -> list[Mapping[str, jax.Array]]:

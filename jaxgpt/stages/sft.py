@@ -28,38 +28,43 @@ class WithSeeds:
         """The batch of a step."""
         drawn = self._source(step, state)
         first = jax.process_index() * self._rows // jax.process_count()
-        rows = step * self._rows + first + np.arange(self._rows // jax.process_count(), dtype=np.uint64)
-        seeds = ((rows + np.uint64(self._seed)) * np.uint64(0x9E3779B1) & np.uint64(0xFFFFFFFF)).astype(np.uint32)
+        every = np.random.SeedSequence([self._seed, step]).generate_state(self._rows)
+        seeds = every[first : first + self._rows // jax.process_count()]
         spread = jax.make_array_from_process_local_data(
             jax.sharding.NamedSharding(self._mesh, jax.P(("data", "fsdp"))), seeds
         )
         return drawn._replace(batch={**drawn.batch, "seeds": spread})
 
 
-def stage(run: Run, config: SftConfig) -> Stage:
-    """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
+def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConversations | None]:
+    """The training and held-out conversations, packed. Raises UserError naming the record that cannot be used."""
     if config.data is None:
         raise UserError("sft.data.path is not set: a JSONL file of conversations")
-    check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
-    check_context(run, config.context, "sft.context")
-    net = language_model(run.config.model, run.vocab, config.dropout)
-    hosts = (jax.process_index(), jax.process_count())
+    data, fields = config.data, (config.data.prompt_field, config.data.completion_field)
 
     def rows(given: str | tuple[str, ...]) -> PackedConversations:
-        fields = (config.data.prompt_field, config.data.completion_field)
-        return PackedConversations(
-            load_conversations(run.paths(given), run.tokenizer, config.context, *fields), config.context
-        )
+        examples = load_conversations(run.paths(given), run.tokenizer, config.context, *fields)
+        return PackedConversations(examples, config.context)
 
-    batches = Batches(single(rows(config.data.path), run.config.seed), config.batch, hosts)
-    source = FromData(batches, run.mesh)
+    return rows(data.path), None if data.eval_path is None else rows(data.eval_path)
+
+
+def stage(run: Run, config: SftConfig) -> Stage:
+    """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
+    check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
+    check_context(run.config.model, config.context, "sft.context")
+    net = language_model(run.config.model, run.vocab, config.dropout)
+    rows, test = load(run, config)
+    source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
     evaluate = None
-    if config.data.eval_path is not None:
-        fixed = Batches(ordered(rows(config.data.eval_path)), config.batch, hosts)
+    if test is not None:
         plain = language_model(run.config.model, run.vocab)
+        fixed = Batches(ordered(test), config.batch, run.hosts)
         evaluate = mean_of(language_loss(plain), held_out(fixed, config.eval_batches, run.mesh))
-    init = config.init or ("pretrain" if run.config.pretrain is not None else RANDOM)
-    key = run.key("sft")
+    init, key = run.parent("sft"), run.key("sft")
+    notes = [f"{rows.count:,} conversations in {len(rows):,} rows, {rows.efficiency:.1%} filled"]
+    if rows.cut:
+        notes.append(f"{rows.cut:,} of them are longer than sft.context={config.context} and lose their end")
     return Stage(
         name="sft",
         init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
@@ -72,4 +77,6 @@ def stage(run: Run, config: SftConfig) -> Stage:
         tokens_per_step=config.batch * config.context,
         evaluate=evaluate,
         quality=lower_nll,
+        notes=tuple(notes),
+        close=source.close,
     )

@@ -69,6 +69,10 @@ class Stage:
     """First values of the state's extras."""
     finish: Callable[[Params], Params] = lambda params: params
     """Last change of the parameters before they are handed on."""
+    notes: tuple[str, ...] = ()
+    """What there is to say of the data before training."""
+    close: Callable[[], None] = lambda: None
+    """Lets go of what the source holds."""
 
 
 class Preempted(Exception):
@@ -99,6 +103,8 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
     stop = _Stop()
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     session = None
+    for note in stage.notes:
+        console.print(f"  {note}", highlight=False)
     try:
         state, host = _first_state(stage, checkpoints)
         session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host, meta)
@@ -110,6 +116,7 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
     finally:
         if session is not None:
             session.close()
+        stage.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         checkpoints.close()

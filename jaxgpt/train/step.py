@@ -28,8 +28,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Sche
     """The jitted, state-donating update.
 
     The sum of the loss is differentiated, sums and weights are added over `accumulate` parts of the batch, and divided
-    once, so that the result does not depend on how the batch is cut. A batch with a non-finite loss or gradient leaves
-    parameters and optimizer bit for bit as they were and is counted.
+    once, so that the result does not depend on how the batch is cut. A batch with a non-finite loss, gradient or
+    update leaves parameters and optimizer bit for bit as they were and is counted.
 
     Metrics are means as float32 scalars, with lr (of this update), grad_norm (before clipping) and skipped.
     """
@@ -59,9 +59,9 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Sche
         weight = jnp.where(total.weight == 0.0, 1.0, total.weight)
         grads = jax.tree.map(lambda g: g / weight, grads)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(total.total) & jnp.isfinite(norm)
         with jax.named_scope("optimizer"):
             updates, opt = tx.update(grads, state.opt, state.params)
+            finite = jnp.isfinite(total.total) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
             params = optax.apply_updates(state.params, updates)
         keep = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt))
         skipped = state.skipped + (~finite).astype(jnp.int32)

@@ -2,7 +2,6 @@
 
 import io
 import random
-from pathlib import Path
 
 import pytest
 import sentencepiece
@@ -127,18 +126,6 @@ def test_a_character_tokenizer_has_one_token_for_each_character():
     assert tokenizer.decode(ids) == text
     assert tokenizer.size == len(set(text)) + 7
     assert tokenizer.unk not in ids
-
-
-def test_tinyshakespeare_is_65_characters():
-    path = Path(__file__).parents[3] / "shared" / "data" / "tinyshakespeare" / "input.txt"
-    if not path.is_file():
-        pytest.skip("the text is not on this machine")
-    text = path.read_text()
-    tokenizer = train_tokenizer([text], TokenizerConfig(model_type="char", byte_fallback=False))
-    ids = tokenizer.encode(text)
-    assert (tokenizer.size, len(ids)) == (65 + 7, len(text))
-    assert tokenizer.unk not in ids
-    assert tokenizer.decode(ids) == text
 
 
 def test_learning_takes_a_sample_of_the_size_asked_wherever_it_stands():
