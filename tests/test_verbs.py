@@ -189,7 +189,14 @@ def test_a_refused_command_leaves_the_run_as_it_was(home: Path) -> None:
 
 def test_one_text_file_asks_for_another_way_of_holding_out(home: Path) -> None:
     (home / "book.txt").write_text("A line of a book.\n" * 200)
-    words = ("pretrain", "small.yaml", "name=book", "prepare=null", "data={path: book.txt}", "tokenizer={vocab: 300}")
+    (home / "book.yaml").write_text("""
+        name: book
+        data: {path: book.txt}
+        tokenizer: {vocab: 300}
+        model: {width: 16, layers: 1, attention: {heads: 2}}
+        pretrain: {steps: 2, batch: 4, context: 16}
+    """)
+    words = ("pretrain", "book.yaml")
     found = jaxgpt(home, *words)
     assert found.returncode == 2 and "data.val_split=tail" in found.stderr, found.stderr
     found = jaxgpt(home, *words, "data.val_split=tail", "data.val_fraction=0.2")
