@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -201,6 +202,19 @@ def test_one_text_file_asks_for_another_way_of_holding_out(home: Path) -> None:
     assert found.returncode == 2 and "data.val_split=tail" in found.stderr, found.stderr
     found = jaxgpt(home, *words, "data.val_split=tail", "data.val_fraction=0.2")
     assert found.returncode == 0, found.stderr
+
+
+def test_a_run_asked_to_stop_between_stages_says_that_it_can_go_on(home: Path) -> None:
+    command = [sys.executable, "-m", "jaxgpt", "run", "small.yaml", "name=stopped", "prepare.documents=1000000"]
+    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=home, env=environment, stdout=subprocess.PIPE, text=True)
+    while not any((home / "runs/stopped").glob("*data*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75 and "the same command goes on" in said
+    assert not (home / "runs/stopped/data").exists()
 
 
 def test_a_file_where_the_runs_belong_is_told_without_a_traceback(home: Path) -> None:

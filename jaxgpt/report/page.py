@@ -274,7 +274,7 @@ def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     skipped = [value for _, value in stage.curve("skipped")]
     facts = [
         ("Updates", numbers.count(stage.steps)),
-        ("Tokens", numbers.count(stage.tokens)),
+        ("Tokens" if stage.name == "pretrain" else "Tokens, padding included", numbers.count(stage.tokens)),
         ("Time", numbers.duration(stage.seconds)),
         ("Tokens/s", numbers.count(stage.tokens_per_second)),
     ]

@@ -58,10 +58,10 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Sche
         grads, (total, metrics) = accumulated(state.params, batch)
         weight = jnp.where(total.weight == 0.0, 1.0, total.weight)
         grads = jax.tree.map(lambda g: g / weight, grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt = tx.update(grads, state.opt, state.params)
-            finite = jnp.isfinite(total.total) & jnp.isfinite(norm) & jnp.isfinite(optax.global_norm(updates))
+            finite = jnp.isfinite(total.total) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
             params = optax.apply_updates(state.params, updates)
         keep = jax.tree.map(lambda new, old: jnp.where(finite, new, old), (params, opt), (state.params, state.opt))
         skipped = state.skipped + (~finite).astype(jnp.int32)

@@ -180,7 +180,7 @@ def test_clipping_is_of_the_mean_gradient(accumulate):
         new, report = make_step(loss, tx, lambda count: 1.0, accumulate)(old, put_batch(batch, mesh))
         moved = jax.tree.map(lambda a, b: a - b, jax.device_get(new.params), before)
         assert float(report["grad_norm"]) > 50
-        np.testing.assert_allclose(optax.global_norm(moved), 0.5, rtol=1e-4)
+        np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-4)
 
 
 def test_policy_and_value_have_optimizers_of_their_own():
