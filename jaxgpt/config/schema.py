@@ -200,8 +200,11 @@ class ModelConfig(Section):
     """Factor of the logits."""
     logit_softcap: Positive | None = None
     """Bound logits smoothly to +-this by tanh."""
-    init_std: Positive = 0.02
-    """Standard deviation of the initial weights; matrices that write to the residual stream get / sqrt(2 layers)."""
+    init_std: Positive | Literal["fan_in"] = 0.02
+    """Standard deviation of the initial weights; matrices that write to the residual stream get / sqrt(2 layers).
+    fan_in is 1 / sqrt(inputs) for every matrix (PaLM)."""
+    embedding_std: Positive | None = None
+    """Standard deviation of the initial embeddings; unset means init_std, or 1 with fan_in."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the blocks; parameters, softmax and losses stay float32. auto: bfloat16 on accelerators."""
     scan_layers: bool = True

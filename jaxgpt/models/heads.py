@@ -23,7 +23,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
         self.c = c
         self.backbone = Backbone(c, vocab, rngs, dropout)
-        std = c.init_std
+        std = c.width**-0.5 if c.init_std == "fan_in" else c.init_std
         unembed = None if c.tied else jax.random.normal(rngs.params(), (vocab, c.width)) * std
         self.unembed_VD = None if unembed is None else nnx.Param(unembed, out_sharding=("tensor", "fsdp"))
 

@@ -6,6 +6,7 @@ Letters: B batch, T time, D model width, F feed-forward width.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,24 @@ class Draw:
     """Makes named, sharded initial weights."""
 
     rngs: nnx.Rngs
-    std: float
-    residual_std: float
+    c: ModelConfig
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, residual: bool = False) -> nnx.Param:
-        """Gaussian weights; `residual` marks matrices that write to the residual stream."""
-        std = self.residual_std if residual else self.std
+        """A Gaussian matrix: its first dimension is contracted, or all but the last where it is `residual`, which says
+        that it writes to the residual stream."""
+        std = self.c.init_std
+        if std == "fan_in":
+            std = math.prod(shape[:-1] if residual else shape[:1]) ** -0.5
+        elif residual:
+            std = std * (2 * self.c.layers) ** -0.5
+        return self._gaussian(shape, axes, std)
+
+    def embedding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+        """Gaussian rows that are looked up."""
+        plain = 1.0 if self.c.init_std == "fan_in" else self.c.init_std
+        return self._gaussian(shape, axes, self.c.embedding_std or plain)
+
+    def _gaussian(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
         return nnx.Param(jax.random.normal(self.rngs.params(), shape) * std, out_sharding=axes)
 
     def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:

@@ -99,16 +99,13 @@ class Backbone(nnx.Module):
 
     def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
         self.c, self.dropout = c, dropout
-        draw = self._draw(rngs)
-        self.embed_VD = draw.normal((vocab, c.width), ("tensor", "fsdp"))
+        draw = Draw(rngs, c)
+        self.embed_VD = draw.embedding((vocab, c.width), ("tensor", "fsdp"))
         learned = isinstance(c.positions, LearnedPositions)
-        self.positions_TD = draw.normal((c.context, c.width), (None, "fsdp")) if learned else None
+        self.positions_TD = draw.embedding((c.context, c.width), (None, "fsdp")) if learned else None
         keys_N = jax.random.split(rngs.params(), c.layers)
-        self.blocks = jax.vmap(lambda key: Block(c, self._draw(nnx.Rngs(params=key))))(keys_N)
+        self.blocks = jax.vmap(lambda key: Block(c, Draw(nnx.Rngs(params=key), c)))(keys_N)
         self.norm = Norm(c, draw)
-
-    def _draw(self, rngs: nnx.Rngs) -> Draw:
-        return Draw(rngs, self.c.init_std, self.c.init_std * (2 * self.c.layers) ** -0.5)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Embeddings in the blocks' dtype, [B, T, D]."""

@@ -189,7 +189,7 @@ def test_an_unknown_key_is_told_with_its_place_the_nearest_name_and_the_fields()
     assert problems("model.widht=512") == [
         "model.widht (set by 'model.widht=512'): no such field. Did you mean 'width'? Fields: "
         "vocab, width, layers, context, norm, positions, attention, mlp, residual, shared_norm, tied, embedding_scale, "
-        "logit_scale, logit_softcap, init_std, dtype, scan_layers, remat"
+        "logit_scale, logit_softcap, init_std, embedding_std, dtype, scan_layers, remat"
     ]
     (problem,) = problems(text="sft:\n  data:\n    path: a\n    evalpath: b\n")
     assert problem == (

@@ -108,3 +108,28 @@ def test_norms_are_computed_in_float32():
     assert y.dtype == jnp.bfloat16
     wide = np.asarray(x, np.float64)
     np.testing.assert_allclose(np.asarray(y, np.float64), wide / np.sqrt((wide**2).mean() + 1e-6), rtol=2**-8)
+
+
+def deviations(**changes) -> dict[str, float]:
+    """Standard deviation of each initial matrix of a small model."""
+    sizes = {"width": 64, "attention": {"heads": 4, "kv_heads": 1, "head_dim": 32}, "mlp": {"width": 160}}
+    c = tiny(**sizes, tied=False, positions={"type": "learned"}, context=64, **changes)
+    with jax.set_mesh(mesh_of()):
+        params = jax.jit(language_model(c, 512).init)(jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = (jax.tree_util.keystr(path[-1:], simple=True) for path, _ in leaves)
+    return {name: float(np.std(leaf)) for name, (_, leaf) in zip(names, leaves, strict=True) if leaf.ndim > 1}
+
+
+def test_initial_matrices_have_one_deviation_less_where_they_write_to_the_residual_stream():
+    found = deviations(init_std=0.05)
+    expected = dict.fromkeys(found, 0.05) | {"o_HKD": 0.025, "down_FD": 0.025, "scale_D": 0.0}
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_fan_in_is_one_over_the_root_of_each_matrix_inputs_and_embeddings_have_their_own():
+    found = deviations(init_std="fan_in")
+    inputs = {"o_HKD": 4 * 32, "down_FD": 160, "embed_VD": 1, "positions_TD": 1}
+    expected = {name: inputs.get(name, 64) ** -0.5 for name in found} | {"scale_D": 0.0}
+    assert found == pytest.approx(expected, rel=0.05)
+    assert deviations(init_std="fan_in", embedding_std=0.3)["embed_VD"] == pytest.approx(0.3, rel=0.05)
