@@ -8,16 +8,16 @@ No end token is predicted: the nats are those of the text, and so divide by its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
 
 from jaxgpt.api import Model
-from jaxgpt.errors import UserError
+from jaxgpt.evaluate.continuations import Continuation, Scorer
 
 POOL = 32
-"""Batches whose windows are sorted by length together."""
+"""Batches whose windows are scored together, those of like length in one batch."""
 
 
 @dataclass(frozen=True)
@@ -69,52 +69,39 @@ class Window(NamedTuple):
 
 
 def windows(length: int, context: int) -> Iterator[Window]:
-    """Windows over a document of `length` tokens, BOS included, of at most `context` tokens each.
+    """Windows over a document of `length` tokens, BOS included, for a model that predicts from up to `context` tokens.
 
-    Each token but the first is scored once, with min(all, context - context // 2) tokens before it in its window or
-    more; every window but the only one of a short document is a whole context.
+    Each token but the first is scored once, from all tokens before it or at least context / 2 of them.
     """
-    end = min(length, context)
+    reach = context + 1  # the last token of a window is predicted, and predicts nothing
+    end = min(length, reach)
     if end > 1:
         yield Window(0, 1, end)
     while end < length:
-        scored, end = end, min(end + context // 2, length)
-        yield Window(end - context, scored, end)
+        scored, end = end, min(end + reach // 2, length)
+        yield Window(end - reach, scored, end)
 
 
 def score_texts(model: Model, texts: Iterable[str], batch: int) -> TextScore:
-    """Scores documents, `batch` windows at a time, those of like length together; empty ones do not count.
-
-    Raises UserError where the model's context has no room for a token and its prediction.
-    """
-    if model.config.context < 2:
-        raise UserError(f"{model.folder}: a context of {model.config.context} leaves nothing to predict from")
-    total = TextScore()
+    """Scores documents, `batch` windows at a time; empty ones do not count. Raises UserError for a reward model."""
+    scorer, total = Scorer(model, batch), TextScore()
     rows = _rows(model, texts)
     while pool := list(islice(rows, POOL * batch)):
-        pool.sort(key=lambda row: -len(row[0]))
-        for at in range(0, len(pool), batch):
-            part = pool[at : at + batch]
-            logp_BT = model.logprobs([tokens for tokens, _, _ in part])
-            sums = [
-                float(logp_BT[i, skip : len(tokens)].sum(dtype="float64")) for i, (tokens, skip, _) in enumerate(part)
-            ]
-            total += TextScore(nats=-math.fsum(sums))
-        for _, _, facts in pool:
-            total += facts
+        nats = -math.fsum(scored.logp for scored in scorer([asked for asked, _ in pool]))
+        total = sum((facts for _, facts in pool), total + TextScore(nats=nats))
     return total
 
 
-def _rows(model: Model, texts: Iterable[str]) -> Iterator[tuple[Sequence[int], int, TextScore]]:
-    """(tokens of a window, how many of them are context, what it adds beside its nats) for every window."""
+def _rows(model: Model, texts: Iterable[str]) -> Iterator[tuple[Continuation, TextScore]]:
+    """Every window, and what it adds beside its nats."""
     for text in texts:
         tokens = model.encode(text)
         for number, (first, scored, end) in enumerate(windows(len(tokens), model.config.context)):
-            unknown = tokens[scored:end].count(model.tokenizer.unk)
-            facts = TextScore(tokens=end - scored, unknown=unknown)
+            predicted = tokens[scored:end]
+            facts = TextScore(tokens=len(predicted), unknown=predicted.count(model.tokenizer.unk))
             if number == 0:
                 facts += TextScore(documents=1, bytes=len(text.encode("utf-8", "surrogatepass")))
-            yield tokens[first:end], scored - first, facts
+            yield Continuation(tokens[first:scored], predicted), facts
 
 
 def _exp(x: float) -> float:

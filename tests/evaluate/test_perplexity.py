@@ -29,15 +29,15 @@ def model(run):
 
 
 def test_every_token_is_predicted_once_with_half_a_context_before_it_where_there_is_that_much():
-    for context in range(2, 12):
+    for context in range(1, 12):
         for length in range(1, 4 * context + 3):
             found = list(windows(length, context))
             scored = [at for window in found for at in range(window.scored, window.end)]
             assert scored == list(range(1, length))
             for first, begins, end in found:
-                assert 0 <= first < begins < end <= length and end - first <= context
+                assert 0 <= first < begins < end <= length and end - first <= context + 1
                 assert begins - first >= min(begins, context / 2)
-            assert len(found) <= math.ceil(length / (context // 2))
+            assert len(found) <= math.ceil(length / ((context + 1) // 2))
 
 
 def test_a_document_that_fits_costs_what_one_pass_says(model):
@@ -56,22 +56,18 @@ def test_a_longer_document_costs_what_a_loop_over_its_tokens_says(model):
     text = "Tell me a story. One day the cat met a dog. " * 12
     tokens = model.encode(text)
     assert len(tokens) > 2.5 * CONTEXT
-    half, expected = CONTEXT // 2, 0.0
+    reach, half = CONTEXT + 1, (CONTEXT + 1) // 2
+    expected = 0.0
     for at in range(1, len(tokens)):
-        if at < CONTEXT:
+        if at < reach:
             first = 0
         else:  # the window that ends with this half context, or with the document
-            first = min(CONTEXT + (at - CONTEXT) // half * half + half, len(tokens)) - CONTEXT
-        assert at - first >= half or first == 0
-        if at % 7 in (0, 1) or at >= len(tokens) - 3:
-            expected += float(model.logprobs([tokens[first : at + 1]])[0, -1])
-    chosen = [at for at in range(1, len(tokens)) if at % 7 in (0, 1) or at >= len(tokens) - 3]
-    found = 0.0
-    for first, scored, end in windows(len(tokens), CONTEXT):
-        logp = model.logprobs([tokens[first:end]])[0]
-        found += sum(float(logp[at - first]) for at in range(scored, end) if at in chosen)
-    assert found == pytest.approx(expected, rel=1e-5)
+            first = min(reach + (at - reach) // half * half + half, len(tokens)) - reach
+        assert at - first >= CONTEXT / 2 or first == 0
+        row = model.logits([tokens[first:at]])[0, -1].astype(np.float64)
+        expected += row.max() + np.log(np.exp(row - row.max()).sum()) - row[tokens[at]]
     whole = score_texts(model, [text], batch=3)
+    assert whole.nats == pytest.approx(expected, rel=1e-5)
     assert whole.tokens == len(tokens) - 1 and whole.bytes == len(text)
 
 
