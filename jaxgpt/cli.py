@@ -6,6 +6,7 @@ What a verb does is imported after its config is right, so that a mistake is ans
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,13 @@ from pathlib import Path
 
 from jaxgpt.config.describe import describe, explain, json_schema
 from jaxgpt.config.load import Loaded, load
-from jaxgpt.config.options import SamplingOptions, describe_options, parse_options
+from jaxgpt.config.options import (
+    SamplingOptions,
+    describe_measures,
+    describe_options,
+    parse_measures,
+    parse_options,
+)
 from jaxgpt.config.schema import Config
 from jaxgpt.errors import UserError, nearest
 
@@ -33,6 +40,8 @@ class Verb:
     reads: tuple[str, ...] = ()
     needs: str | None = None
     """The section it cannot do without."""
+    of_folder: Callable[[], list[str]] | None = None
+    """Describes the settings it takes where it is given a run folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,7 +100,7 @@ def _pipeline(name: str, words: list[str]) -> int:
 
 def _report(name: str, words: list[str]) -> int:
     """The report of a run folder, or of the run a file describes."""
-    if not words or "=" in words[0] or Path(words[0]).suffix in (".yaml", ".yml"):
+    if _names_a_config(words):
         return _pipeline(name, words)
     run = _folder(words[0])
     if len(words) > 1:
@@ -100,6 +109,23 @@ def _report(name: str, words: list[str]) -> int:
 
     print(write_report(run))
     return 0
+
+
+def _eval(name: str, words: list[str]) -> int:
+    """One model of a run folder on tasks and texts, or all of what a file describes."""
+    if _names_a_config(words):
+        return _pipeline(name, words)
+    run, wanted = _folder(words[0]), parse_measures(words[1:])
+    from jaxgpt.evaluate.measure import check, measure
+
+    check(run, wanted, shlex.join([name, *words]))
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork beside jax's threads for standard errors
+    return measure(run, wanted)
+
+
+def _names_a_config(words: list[str]) -> bool:
+    """Whether a verb that also takes a run folder was given a file, or nothing."""
+    return not words or "=" in words[0] or Path(words[0]).suffix in (".yaml", ".yml")
 
 
 def _config(name: str, words: list[str]) -> int:
@@ -137,7 +163,7 @@ def _load(name: str, words: list[str]) -> Loaded:
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         found = f"'{words[0]}' where the file belongs" if words else "no file"
         known = ", ".join(str(path) for path in sorted(Path("configs").glob("*.yaml")))
-        raise UserError(f"{name}: found {found}; usage: jaxgpt {name} {CONFIG_USAGE}{known and f'. Files: {known}'}")
+        raise UserError(f"{name}: found {found}; usage: jaxgpt {name} {VERBS[name].usage}{known and f'. Files: {known}'}")
     if words[0].startswith("-"):
         raise UserError(f"{words[0]}: no such option of {name}; usage: jaxgpt {name} {VERBS[name].usage}")
     return load(Path(words[0]), words[1:])
@@ -178,6 +204,8 @@ def _verb_help(name: str, verb: Verb) -> list[str]:
     head = [f"jaxgpt {name} {verb.usage}", "", f"    {verb.doc}"]
     if not verb.reads:
         return [*head, "", "Options", *describe_options()]
+    if verb.of_folder is not None:
+        head += ["", "Settings with RUN_FOLDER, as key = default (type)", *verb.of_folder(), "", "With FILE.yaml"]
     return [
         *head,
         "    key.path=value changes one setting of the file, in YAML: sft.steps=1e3, mesh.data=auto, sft=null.",
@@ -209,7 +237,14 @@ VERBS = {
     "sft": Verb(CONFIG_USAGE, "Stage 2: learn from conversations.", _pipeline, (*STAGE, "sft"), "sft"),
     "reward": Verb(CONFIG_USAGE, "Stage 3: a reward model from rankings.", _pipeline, (*STAGE, "reward"), "reward"),
     "ppo": Verb(CONFIG_USAGE, "Stage 4: PPO against the reward model.", _pipeline, (*STAGE, "ppo"), "ppo"),
-    "eval": Verb(CONFIG_USAGE, "Measure the finished models.", _pipeline, (*STAGE, "evaluate"), "evaluate"),
+    "eval": Verb(
+        f"RUN_FOLDER tasks=NAME,... text=FILE,... | {CONFIG_USAGE}",
+        "Measure a model on lm-eval tasks and texts, or the run as its file says.",
+        _eval,
+        (*STAGE, "evaluate"),
+        "evaluate",
+        describe_measures,
+    ),
     "report": Verb(f"RUN_FOLDER | {CONFIG_USAGE}", "One HTML page about a run.", _report, ALWAYS),
     "sample": Verb('RUN_FOLDER "TEXT" [options]', "Complete a text.", _sample),
     "chat": Verb("RUN_FOLDER [options]", "Talk to a model in the terminal.", _chat),

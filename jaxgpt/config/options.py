@@ -1,4 +1,6 @@
-"""How text is sampled from a finished run: the options of `jaxgpt sample` and `jaxgpt chat`."""
+"""What the command line asks of a finished run: the options of `jaxgpt sample` and `jaxgpt chat`, which begin with
+dashes, and the settings of `jaxgpt eval RUN_FOLDER`, written key=value as those of config files.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
-from jaxgpt.config.check import shown
-from jaxgpt.config.fields import words
-from jaxgpt.config.load import ConfigError
-from jaxgpt.config.schema import Count, NonNegative, Whole
+from jaxgpt.config.check import build, shown
+from jaxgpt.config.describe import default
+from jaxgpt.config.fields import sections, settings, words
+from jaxgpt.config.load import COMMAND_LINE, ConfigError
+from jaxgpt.config.schema import Count, MeshConfig, NonNegative, Section, Whole
+from jaxgpt.config.tree import Node, merge, parse, plant
 from jaxgpt.errors import nearest
 
 Probability = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -97,3 +101,75 @@ def option(name: str) -> str:
 def kind(name: str) -> str:
     """What follows the option of a field."""
     return "text" if name == "stop" else words(get_type_hints(SamplingOptions, include_extras=True)[name], null=False)
+
+
+def _listed(value: Any) -> Any:
+    """One text as the texts between its commas."""
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
+
+
+class Measures(Section):
+    """What `jaxgpt eval RUN_FOLDER` measures, and how."""
+
+    tasks: Names = ()
+    """lm-eval tasks or groups by name, or YAML task files of your own, with commas between them."""
+    text: Names = ()
+    """Files or patterns (.txt, .jsonl, packed or not) to give the perplexity and bits per byte of, each by itself."""
+    field: str = "text"
+    """text: key of the text in JSONL records."""
+    limit: Count | None = None
+    """Examples of each task and documents of each text file, at most."""
+    few_shot: Whole | None = None
+    """tasks: solved examples before each question; unset means the task's own number."""
+    chat: bool = False
+    """tasks: put questions through the model's chat template."""
+    batch: Count = 8
+    """Rows in one forward pass, over all devices."""
+    stage: str | None = None
+    """Stage of the run to use; unset means its last finished language model."""
+    mesh: MeshConfig = MeshConfig()
+    """Layout of the devices."""
+
+    @model_validator(mode="after")
+    def _something(self) -> Measures:
+        if not self.tasks and not self.text:
+            raise ValueError("nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt")
+        if not self.tasks and (self.chat or self.few_shot is not None):
+            raise ValueError("chat and few_shot are for tasks, and there are none")
+        return self
+
+
+def parse_measures(argv: Sequence[str]) -> Measures:
+    """The settings of `jaxgpt eval RUN_FOLDER`. Raises ConfigError with every mistake at once."""
+    problems: list[str] = []
+    root = Node({}, COMMAND_LINE)
+    for word in argv:
+        path, equals, text = word.partition("=")
+        if not equals or word.startswith("-"):
+            problems.append(f"'{word}': expected key=value, as in 'limit=100'")
+            continue
+        try:
+            node = plant(parse(text), f"{COMMAND_LINE}'{word}'")
+        except ValueError as error:
+            problems.append(f"{path} (set by '{word}'): not valid YAML: {error}")
+            continue
+        for part in reversed(path.strip().split(".")):
+            node = Node({part: node}, node.origin)
+        root = merge(root, node)
+    measures = build(Measures, root, "", problems, complete=not problems)
+    if problems or not isinstance(measures, Measures):
+        raise ConfigError(problems)
+    return measures
+
+
+def describe_measures() -> list[str]:
+    """Two lines for every setting of `jaxgpt eval RUN_FOLDER`: its default and type; then its meaning."""
+    text = []
+    for setting in settings(Measures):
+        if not sections(setting.annotation):
+            doc = " ".join((setting.info.description or "").split())
+            text += [f"  {setting.path}{default(setting.info)}  ({words(setting.annotation)})", f"      {doc}"]
+    return text

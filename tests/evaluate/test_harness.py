@@ -228,9 +228,7 @@ def test_sampling_follows_the_tasks_settings(model):
     assert harness.generate_until([request("generate_until", "One day", {})])  # 256 tokens exceed this context
 
 
-def test_unknown_tasks_are_answered_with_the_nearest(tasks, tmp_path):
-    with pytest.raises(UserError, match=r"'arc_esy': lm-eval has no such task\. Did you mean 'arc_easy'\?"):
-        Tasks([*tasks, "arc_esy"])
+def test_a_task_that_cannot_be_loaded_is_told(tasks, tmp_path):
     bad = tmp_path / "bad.yaml"
     bad.write_text(Path(tasks[0]).read_text().replace("choice.jsonl", "choise.jsonl"))
     with pytest.raises(UserError, match=r"bad\.yaml: lm-eval cannot load it \(FileNotFoundError: .*choise\.jsonl"):

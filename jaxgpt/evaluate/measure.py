@@ -1,0 +1,180 @@
+"""One finished model measured on tasks and texts: the verb `eval` for a run's folder.
+
+Reads the run's folder and the user's files; writes runs/<run>/evaluate/<stage>-<what>.json, and a table to standard
+output. What is imported here comes without jax, so that mistakes are told at once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxgpt.config.options import Measures
+from jaxgpt.data.records import expand, read_texts
+from jaxgpt.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from jaxgpt.api import Model
+
+Results = dict[str, Any]
+TASK_FILES = (".yaml", ".yml")
+BASE = {"base": "pretrain"}
+
+
+def check(run: Path, wanted: Measures, command: str) -> None:
+    """Looks for everything that is named, without loading anything. Raises UserError for what is not there.
+
+    `command` is what the user wrote behind `jaxgpt`, for the answer to a missing lm-eval.
+    """
+    for pattern in wanted.text:
+        expand(pattern)
+    for task in wanted.tasks:
+        path = Path(task)
+        if path.suffix in TASK_FILES and not path.is_file():
+            known = [str(found) for found in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+            raise UserError(f"tasks: {task} does not exist.{nearest(task, known)}")
+    if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UserError(f"tasks need lm-eval, which is not installed: uv run --extra eval jaxgpt {command}")
+    if wanted.stage is not None:
+        _check_stage(run, wanted.stage)
+
+
+def _check_stage(run: Path, stage: str) -> None:
+    home = next((folder for folder in (run, *run.parents[:3]) if _finished(folder)), None)
+    done = _finished(home) if home is not None else []
+    if BASE.get(stage, stage) not in done:
+        known = f"Finished there: {', '.join(done)}" if done else "No stage is finished there"
+        raise UserError(f"stage={stage}: no such stage in {home or run}.{nearest(stage, done)} {known}")
+
+
+def _finished(folder: Path) -> list[str]:
+    return sorted(path.parent.name for path in folder.glob("*/done.json"))
+
+
+def measure(run: Path, wanted: Measures) -> int:
+    """Measures what is asked for, a table and a file for each task and text; returns 0.
+
+    Raises UserError for what `check` could not know: a task that lm-eval does not have, a model that gives text no
+    probability.
+    """
+    tasks = None
+    console = Console(highlight=False, soft_wrap=True)
+    if wanted.tasks:
+        from jaxgpt.evaluate.harness import Tasks
+
+        console.print("eval  reading the tasks", style="dim")
+        tasks = Tasks(wanted.tasks)
+    from jaxgpt.api import keep_compiled, load
+
+    keep_compiled()
+    model = load(run, wanted.stage, wanted.mesh)
+    table = Table("", "metric", "value", "±", title=str(model.folder), title_justify="left", box=None)
+    written = []
+    for what, found in itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks)):
+        for i, (metric, value, error) in enumerate(_rows(found)):
+            table.add_row("" if i else what, metric, _number(value), _number(error))
+        written.append(_write(model, what, found))
+    console.print(table)
+    for path in written:
+        console.print(str(path), style="dim")
+    return 0
+
+
+def _texts(model: Model, wanted: Measures) -> Iterator[tuple[str, Results]]:
+    from jaxgpt.evaluate.perplexity import score_texts
+
+    files = list(dict.fromkeys(path for pattern in wanted.text for path in expand(pattern)))
+    named = Counter(path.name for path in files)
+    for path in files:
+        name = path.name if named[path.name] == 1 else f"{path.parent.name}-{path.name}"
+        began = time.monotonic()
+        score = score_texts(model, itertools.islice(read_texts(path, wanted.field), wanted.limit), wanted.batch)
+        if not score.tokens:
+            raise UserError(f"{path}: there is no text in it")
+        seconds = round(time.monotonic() - began, 2)
+        yield name, {"text": str(path), "limit": wanted.limit, **score.values(), "seconds": seconds}
+
+
+def _tasks(model: Model, wanted: Measures, tasks: Any) -> Iterator[tuple[str, Results]]:
+    if tasks is None:
+        return
+    from importlib.metadata import version
+
+    from jaxgpt.evaluate.harness import run_tasks
+
+    began = time.monotonic()
+    found = run_tasks(model, tasks, wanted.batch, wanted.limit, wanted.few_shot, wanted.chat)
+    seconds = round(time.monotonic() - began, 2)
+    for name, metrics in found["results"].items():
+        yield (
+            name,
+            {
+                "task": name,
+                "limit": wanted.limit,
+                "chat": wanted.chat,
+                "few_shot": found["n-shot"].get(name),
+                "version": found["versions"].get(name),
+                "lm_eval": version("lm_eval"),
+                "samples": found["n-samples"].get(name),
+                "metrics": {key: value for key, value in metrics.items() if "," in key},
+                "seconds": seconds,
+            },
+        )
+
+
+def _rows(found: Results) -> Iterator[tuple[str, float, float | None]]:
+    """(metric, value, standard error) as the table shows them."""
+    if "text" in found:
+        for key in ("perplexity", "bits_per_byte", "tokens", "bytes"):
+            yield key.replace("_", " "), found[key], None
+        if found["unknown_tokens"]:
+            yield "unknown tokens", found["unknown_tokens"], None
+        return
+    metrics = found["metrics"]
+    for key, value in metrics.items():
+        name, comma, kind = key.partition(",")
+        if comma and not name.endswith("_stderr") and isinstance(value, int | float):
+            shown = name if kind == "none" else f"{name} ({kind})"
+            error = metrics.get(f"{name}_stderr,{kind}")
+            yield shown, value, error if isinstance(error, int | float) else None
+
+
+def _number(value: float | None) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+
+def _write(model: Model, what: str, found: Results) -> Path:
+    """Writes what was found of one task or text, whole or not at all."""
+    folder, label = model.folder, model.folder.name
+    if folder.parent.name == "checkpoints":
+        folder, label = folder.parent.parent, f"{folder.parent.parent.name}-{folder.name}"
+    path = folder.parent / "evaluate" / f"{label}-{what.replace('/', '_')}.json"
+    path.parent.mkdir(exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(_plain({"model": str(model.folder), **found}), indent=1) + "\n", encoding="utf-8")
+    part.replace(path)
+    return path
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: numbers of NumPy as Python's, and none that JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
