@@ -163,7 +163,9 @@ def _load(name: str, words: list[str]) -> Loaded:
     if not words or ("=" in words[0] and not Path(words[0]).exists()):
         found = f"'{words[0]}' where the file belongs" if words else "no file"
         known = ", ".join(str(path) for path in sorted(Path("configs").glob("*.yaml")))
-        raise UserError(f"{name}: found {found}; usage: jaxgpt {name} {VERBS[name].usage}{known and f'. Files: {known}'}")
+        raise UserError(
+            f"{name}: found {found}; usage: jaxgpt {name} {VERBS[name].usage}{known and f'. Files: {known}'}"
+        )
     if words[0].startswith("-"):
         raise UserError(f"{words[0]}: no such option of {name}; usage: jaxgpt {name} {VERBS[name].usage}")
     return load(Path(words[0]), words[1:])
