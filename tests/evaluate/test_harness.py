@@ -63,15 +63,15 @@ def folder(run, model, tmp_path_factory):
     """The model as a Hugging Face folder."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    return write_folder(tmp_path_factory.mktemp("hf"), run / "tokenizer", model.params)
+    return write_folder(tmp_path_factory.mktemp("hf"), run / "tokenizer", model)
 
 
-def write_folder(folder: Path, tokenizer: Path, params) -> Path:
+def write_folder(folder: Path, tokenizer: Path, model: Model) -> Path:
     """LLaMA's names and layouts: matrices are (out, in)."""
     from safetensors.numpy import save_file
 
     D, H, G, K = CONFIG.width, CONFIG.attention.heads, CONFIG.kv_heads, CONFIG.head_dim
-    backbone = params["backbone"]
+    backbone = model.params["backbone"]
     tensors = {"model.embed_tokens.weight": backbone["embed_VD"], "model.norm.weight": backbone["norm"]["scale_D"]}
     for i in range(CONFIG.layers):
         attention, mlp = backbone["blocks"]["attention"], backbone["blocks"]["mlp"]
@@ -108,24 +108,34 @@ def write_folder(folder: Path, tokenizer: Path, params) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
     plain = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_prefix_space": False}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | plain))
+    control = {str(i): {"content": piece, "special": True} for piece, i in model.tokenizer.control.items()}
+    chat = {"added_tokens_decoder": control, "chat_template": model.tokenizer.template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(names | plain | chat))
     shutil.copy(tokenizer / "tokenizer.model", folder)
     return folder
 
 
-def evaluated(lm, tasks: list[str]) -> dict:
+def evaluated(lm, tasks: list[str], chat: bool) -> dict:
     """Everything that lm-eval says of a model, with what the model said of each request."""
-    return lm_eval.simple_evaluate(model=lm, tasks=tasks, task_manager=Tasks(tasks), bootstrap_iters=0)
+    return lm_eval.simple_evaluate(
+        model=lm,
+        tasks=tasks,
+        task_manager=Tasks(tasks),
+        bootstrap_iters=0,
+        apply_chat_template=chat,
+        num_fewshot=1 if chat else None,
+    )
 
 
-@pytest.fixture(scope="module")
-def both(model, folder, tasks):
-    """Ours and lm-eval's."""
+@pytest.fixture(scope="module", params=["plain", "chat"])
+def both(request, model, folder, tasks):
+    """Ours and lm-eval's: plain questions, and conversations in the chat template with a solved example before."""
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
 
     theirs = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=3)
-    return evaluated(Harness(model, batch=3), tasks), evaluated(theirs, tasks)
+    chat = request.param == "chat"
+    return evaluated(Harness(model, batch=3), tasks, chat), evaluated(theirs, tasks, chat)
 
 
 def answers(results: dict, task: str) -> list:
