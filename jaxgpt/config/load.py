@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,10 @@ from jaxgpt.config.tree import Node, merge
 from jaxgpt.errors import UserError
 
 COMMAND_LINE = "command line "
+FOREIGN = "hf:"
+"""What the name of a folder that was not made here begins with."""
+Sections = Mapping[str, Mapping[str, Any]]
+"""Settings of whole sections: {"model": {...}, "tokenizer": {...}}."""
 
 
 class ConfigError(UserError):
@@ -35,10 +39,13 @@ class Loaded:
     origins: dict[str, str]
 
 
-def load(verb_file: Path, overrides: Sequence[str] = ()) -> Loaded:
+def load(
+    verb_file: Path, overrides: Sequence[str] = (), beginnings: Callable[[str], Sections | None] = lambda init: None
+) -> Loaded:
     """Reads the file, what it inherits from and the groups it names, and lays the overrides on top.
 
-    Raises ConfigError with every problem at once.
+    `beginnings` reads the sections `model` and `tokenizer` of what a stage's `init` names outside the run; they hold
+    where the file has none. Raises ConfigError with every problem at once.
     """
     problems: list[str] = []
     path = _short(verb_file)
@@ -46,6 +53,7 @@ def load(verb_file: Path, overrides: Sequence[str] = ()) -> Loaded:
     root = _layers(path, "", (), Config, problems) or Node({}, "")
     groups, keys = _overrides(words, path.parent, problems)
     whole = merge(merge(root, groups, Config), keys, Config)
+    whole = _begun(whole, beginnings, problems)
     complete = not problems
     problems += [_no_override(word) for word in overrides if word not in words]
     config = build(Config, whole, "", problems, complete)
@@ -150,6 +158,25 @@ def _group(name: str, node: Node, folder: Path, problems: list[str]) -> Node | N
         return None
     group = replace(group, replaces=True)
     return group if rest is None else merge(group, rest, annotation)
+
+
+def _begun(whole: Node, beginnings: Callable[[str], Sections | None], problems: list[str]) -> Node:
+    """The settings laid over those of the first start outside the run, where that brings a model and a tokenizer."""
+    for name, annotation in fields.annotations(Config).items():
+        stage = whole.value.get(name)
+        starts = any("init" in section.model_fields for section in fields.sections(annotation))
+        init = stage.value.get("init") if starts and stage is not None and isinstance(stage.value, dict) else None
+        if init is None or not isinstance(init.value, str):
+            continue
+        try:
+            found = beginnings(init.value)
+        except UserError as error:
+            problems.append(f"{name}.init{fields.set_by(init.origin)}: {error}")
+            return whole
+        if found is not None:
+            below = Node({key: tree.plant(dict(section), init.value) for key, section in found.items()}, init.value)
+            return merge(below, whole, Config)
+    return whole
 
 
 def _overrides(words: Sequence[str], folder: Path, problems: list[str]) -> tuple[Node, Node]:
