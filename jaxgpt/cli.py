@@ -15,14 +15,19 @@ from pathlib import Path
 from jaxgpt.config.describe import describe, explain, json_schema
 from jaxgpt.config.load import Loaded, load
 from jaxgpt.config.options import (
+    Export,
+    Import,
+    Measures,
     SamplingOptions,
-    describe_measures,
     describe_options,
-    parse_measures,
+    describe_settings,
     parse_options,
+    parse_settings,
 )
-from jaxgpt.config.schema import Config
+from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.interop.foreign import Foreign, beginnings
+from jaxgpt.runs import FOREIGN, find_stage, is_foreign
 
 ALWAYS = ("name", "runs", "seed")
 STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
@@ -40,8 +45,8 @@ class Verb:
     reads: tuple[str, ...] = ()
     needs: str | None = None
     """The section it cannot do without."""
-    of_folder: Callable[[], list[str]] | None = None
-    """Describes the settings it takes where it is given a run folder."""
+    of_folder: type[Section] | None = None
+    """The settings it takes where it is given a folder."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,12 +120,36 @@ def _eval(name: str, words: list[str]) -> int:
     """One model of a run folder on tasks and texts, or all of what a file describes."""
     if _names_a_config(words):
         return _pipeline(name, words)
-    run, wanted = _folder(words[0]), parse_measures(words[1:])
+    run, wanted = _folder(words[0]), parse_settings(Measures, words[1:])
     from jaxgpt.evaluate.measure import check, measure
 
     check(run, wanted, shlex.join([name, *words]))
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork beside jax's threads for standard errors
     return measure(run, wanted)
+
+
+def _import(name: str, words: list[str]) -> int:
+    """A Hugging Face folder as a run."""
+    if not words or "=" in words[0]:
+        raise UserError(f"import: no folder; usage: jaxgpt import {VERBS[name].usage}")
+    folder, wanted = Path(words[0].removeprefix(FOREIGN)), parse_settings(Import, words[1:])
+    Foreign.describe(folder)  # before jax is loaded
+    from jaxgpt.exchange import import_folder
+
+    return import_folder(folder, wanted)
+
+
+def _export(name: str, words: list[str]) -> int:
+    """A finished model as a Hugging Face folder."""
+    if len(words) < 2 or "=" in words[0] or "=" in words[1]:
+        raise UserError(f"export: expected a run and a folder to write; usage: jaxgpt export {VERBS[name].usage}")
+    run, folder, wanted = _folder(words[0]), Path(words[1]), parse_settings(Export, words[2:])
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is there already; name another folder, or remove it")
+    find_stage(run, wanted.stage)
+    from jaxgpt.exchange import export
+
+    return export(run, folder, wanted)
 
 
 def _names_a_config(words: list[str]) -> bool:
@@ -168,7 +197,7 @@ def _load(name: str, words: list[str]) -> Loaded:
         )
     if words[0].startswith("-"):
         raise UserError(f"{words[0]}: no such option of {name}; usage: jaxgpt {name} {VERBS[name].usage}")
-    return load(Path(words[0]), words[1:])
+    return load(Path(words[0]), words[1:], beginnings)
 
 
 def _run_and_options(name: str, words: list[str]) -> tuple[Path, list[str], SamplingOptions]:
@@ -179,8 +208,11 @@ def _run_and_options(name: str, words: list[str]) -> tuple[Path, list[str], Samp
 
 
 def _folder(word: str) -> Path:
-    """Looks for the folder of a run. Raises UserError with the nearest one."""
+    """Looks for the folder of a run, or a Hugging Face folder. Raises UserError with the nearest one."""
     path = Path(word)
+    if is_foreign(word):
+        Foreign.describe(word)
+        return path
     if path.is_dir():
         return path
     if path.exists():
@@ -204,10 +236,14 @@ def _overview() -> list[str]:
 
 def _verb_help(name: str, verb: Verb) -> list[str]:
     head = [f"jaxgpt {name} {verb.usage}", "", f"    {verb.doc}"]
+    if verb.of_folder is not None:
+        title = "Settings with RUN_FOLDER" if verb.reads else "Settings"
+        head += ["", f"{title}, as key = default (type)", *describe_settings(verb.of_folder)]
+        if not verb.reads:
+            return head
+        head += ["", "With FILE.yaml"]
     if not verb.reads:
         return [*head, "", "Options", *describe_options()]
-    if verb.of_folder is not None:
-        head += ["", "Settings with RUN_FOLDER, as key = default (type)", *verb.of_folder(), "", "With FILE.yaml"]
     return [
         *head,
         "    key.path=value changes one setting of the file, in YAML: sft.steps=1e3, mesh.data=auto, sft=null.",
@@ -245,10 +281,16 @@ VERBS = {
         _eval,
         (*STAGE, "evaluate"),
         "evaluate",
-        describe_measures,
+        Measures,
     ),
     "report": Verb(f"RUN_FOLDER | {CONFIG_USAGE}", "One HTML page about a run.", _report, ALWAYS),
     "sample": Verb('RUN_FOLDER "TEXT" [options]', "Complete a text.", _sample),
     "chat": Verb("RUN_FOLDER [options]", "Talk to a model in the terminal.", _chat),
+    "import": Verb(
+        "HF_FOLDER [out=RUN_FOLDER] [key=value ...]", "A Hugging Face folder as a run.", _import, of_folder=Import
+    ),
+    "export": Verb(
+        "RUN_FOLDER HF_FOLDER [key=value ...]", "A model as a Hugging Face folder.", _export, of_folder=Export
+    ),
     "config": Verb(f"{CONFIG_USAGE} | --schema", "Print the settings and where each was set.", _config, ALL),
 }

@@ -30,10 +30,12 @@ from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.suite import Suite, check_evaluate
+from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
 from jaxgpt.report import summary_table, write_report
+from jaxgpt.runs import RANDOM, STAGES, finished, is_foreign, parents, resolved, result_folder, run_folder
 from jaxgpt.stages import ppo, pretrain, reward, sft
-from jaxgpt.stages.run import RANDOM, STAGES, Run, parents, resolved, run_folder, stage_folder
+from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
 
 RUNTIME = ("checkpoint", "log_every", "accumulate")
@@ -239,8 +241,6 @@ class Pipeline:
         mesh = make_mesh(self.config.mesh)
         with jax.set_mesh(mesh):
             run = Run.open(self.config, tokenizer, mesh)
-            for parent in inputs["parents"]:
-                run.result(parent)
             made: Stage = MAKE[name](run, config)
             home.mkdir(parents=True, exist_ok=True)
             _write(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
@@ -262,22 +262,27 @@ class Pipeline:
         elif settings.get("data"):
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
             inputs["files"] = [_short(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
-        before = [parent for parent in parents(self.config, name).values() if parent != RANDOM]
-        inputs["parents"] = {parent: self._mark(parent) for parent in before}
+        before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
+        kinds = {role: "scalar" if role == "reward" else "language" for role in before}
+        inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}
         return inputs
 
-    def _mark(self, parent: str) -> str | None:
-        try:
-            return json.loads((stage_folder(self.config, parent) / "done.json").read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError):
-            return None
+    def _mark(self, parent: str, kind: str = "language") -> str:
+        """What tells a stage's starting point from another. Raises UserError where there is none yet."""
+        if is_foreign(parent):
+            return Foreign.describe(self.paths(parent)[0]).mark()
+        done = result_folder(self.config, parent, kind) / "done.json"
+        return json.loads(done.read_text(encoding="utf-8"))["fingerprint"]
 
     def evaluate(self) -> None:
         """Evaluates the finished stages, unless the same ones were evaluated in the same way."""
         c, home = self.config.evaluate, self.folder / "evaluate"
         if c is None:
             raise UserError("the config has no section evaluate")
-        inputs = {"evaluate": c.model_dump(mode="json"), "stages": {name: self._mark(name) for name in STAGES}}
+        inputs = {
+            "evaluate": c.model_dump(mode="json"),
+            "stages": {name: self._mark(name) for name in finished(self.folder)},
+        }
         inputs["files"] = [_short(self.paths(given.path)) for given in (c.data, c.exact) if given is not None]
         if _same_inputs(home, inputs) and (home / "results.json").exists():
             self.console.print("evaluate  finished", highlight=False)

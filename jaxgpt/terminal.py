@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from jaxgpt.api import Generation, Model, find_stage, finished, keep_compiled, load
+from jaxgpt.api import Generation, Model, keep_compiled, load
 from jaxgpt.config.options import SamplingOptions
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.evaluate.answers import few_shot_prompt
+from jaxgpt.runs import find_stage, finished
 
 ROOM = 4
 """A conversation leaves at least one part in this many of the context to the answer."""

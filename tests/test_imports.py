@@ -25,12 +25,13 @@ PURE = (
     ("train.step",),
 )
 EDGE = (
-    ("data", "train.checkpoint", "train.metrics"),
+    ("data", "runs", "train.checkpoint", "train.metrics"),
     ("train.loop",),
+    ("interop",),
     ("stages",),
     ("api",),
     ("evaluate", "report"),
-    ("pipeline", "terminal", "jaxgpt"),
+    ("pipeline", "terminal", "exchange", "jaxgpt"),
     ("cli",),
     ("__main__",),
 )
@@ -40,7 +41,7 @@ ALONE = ("train",)  # a package whose parts lie in several layers; its own __ini
 
 IMPURE = ("time", "datetime", "os", "logging", "pathlib", "subprocess", "socket")  # files, clock, log, environment
 PURE_ROOMS = tuple(name for names in PURE[2:] for name in names)
-WITHOUT_JAX = ("errors", "config", "data", "report")
+WITHOUT_JAX = ("errors", "config", "data", "runs", "report")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 80

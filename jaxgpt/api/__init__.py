@@ -4,7 +4,7 @@ Results are NumPy arrays, strings and lists. Token batches are lists of lists, o
 their rows. Sizes are rounded up inside, so that few programs are compiled.
 """
 
-from jaxgpt.api.find import find_stage, finished, keep_compiled, load
+from jaxgpt.api.find import keep_compiled, load
 from jaxgpt.api.model import Generation, Messages, Model, Tokens
 
-__all__ = ["Generation", "Messages", "Model", "Tokens", "find_stage", "finished", "keep_compiled", "load"]
+__all__ = ["Generation", "Messages", "Model", "Tokens", "keep_compiled", "load"]

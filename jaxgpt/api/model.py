@@ -19,6 +19,7 @@ from jaxgpt.losses import token_logp
 from jaxgpt.mesh import check_model, put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Params
+from jaxgpt.runs import KINDS
 from jaxgpt.sampling import Decoding, Filter, advance, bucket, left_padded, ragged, right_padded, start
 from jaxgpt.stages.reward import score_rows
 
@@ -28,7 +29,6 @@ SCORED, SAMPLED = 32, 64
 """Units of the row lengths that programs are compiled for: of one forward pass; of prompts and of responses."""
 STOP_EVERY = 8
 """Tokens decoded between two looks for a stop string."""
-KINDS = {"language": "a language model", "scalar": "a reward model"}
 
 
 class Generation(NamedTuple):

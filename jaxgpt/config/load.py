@@ -15,8 +15,6 @@ from jaxgpt.config.tree import Node, merge
 from jaxgpt.errors import UserError
 
 COMMAND_LINE = "command line "
-FOREIGN = "hf:"
-"""What the name of a folder that was not made here begins with."""
 Sections = Mapping[str, Mapping[str, Any]]
 """Settings of whole sections: {"model": {...}, "tokenizer": {...}}."""
 
@@ -175,8 +173,14 @@ def _begun(whole: Node, beginnings: Callable[[str], Sections | None], problems: 
             return whole
         if found is not None:
             below = Node({key: tree.plant(dict(section), init.value) for key, section in found.items()}, init.value)
-            return merge(below, whole, Config)
+            return merge(below, _without_null(whole, found), Config)
     return whole
+
+
+def _without_null(whole: Node, found: Sections) -> Node:
+    """The settings without the sections that null leaves to what is found."""
+    kept = {key: node for key, node in whole.value.items() if key not in found or node.value is not None}
+    return replace(whole, value=kept)
 
 
 def _overrides(words: Sequence[str], folder: Path, problems: list[str]) -> tuple[Node, Node]:

@@ -1,12 +1,13 @@
 """What the command line asks of a finished run: the options of `jaxgpt sample` and `jaxgpt chat`, which begin with
-dashes, and the settings of `jaxgpt eval RUN_FOLDER`, written key=value as those of config files.
+dashes, and the settings of the verbs that work on folders (eval, import, export), written key=value as those of config
+files.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError, model_validator
 
@@ -14,7 +15,7 @@ from jaxgpt.config.check import build, shown
 from jaxgpt.config.describe import default
 from jaxgpt.config.fields import sections, settings, words
 from jaxgpt.config.load import COMMAND_LINE, ConfigError
-from jaxgpt.config.schema import Count, MeshConfig, NonNegative, Section, Whole
+from jaxgpt.config.schema import Count, MeshConfig, NonNegative, Positive, Section, Whole
 from jaxgpt.config.tree import Node, merge, parse, plant
 from jaxgpt.errors import nearest
 
@@ -142,8 +143,37 @@ class Measures(Section):
         return self
 
 
-def parse_measures(argv: Sequence[str]) -> Measures:
-    """The settings of `jaxgpt eval RUN_FOLDER`. Raises ConfigError with every mistake at once."""
+class Import(Section):
+    """How `jaxgpt import FOLDER` takes a Hugging Face folder in."""
+
+    out: str | None = None
+    """Folder of the run it becomes; unset means runs/ and the folder's name."""
+    tokenizer: str | None = None
+    """Tokenizer file or folder, for a folder without one; unset means the folder's own."""
+    template: str | None = None
+    """Chat template: a Jinja file, or roles or vicuna; unset means the folder's own."""
+    mesh: MeshConfig = MeshConfig()
+    """Layout of the devices the parameters are read onto."""
+
+
+class Export(Section):
+    """How `jaxgpt export RUN FOLDER` writes a Hugging Face folder."""
+
+    stage: str | None = None
+    """Stage of the run to write; unset means its last finished language model."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights in the files; float32 is exact."""
+    shard_gb: Positive = 5.0
+    """Largest file of weights, in units of 1e9 bytes."""
+    mesh: MeshConfig = MeshConfig()
+    """Layout of the devices the parameters are loaded onto."""
+
+
+Settings = TypeVar("Settings", bound=Section)
+
+
+def parse_settings(section: type[Settings], argv: Sequence[str]) -> Settings:
+    """The settings key=value of a verb that works on a folder. Raises ConfigError with every mistake at once."""
     problems: list[str] = []
     root = Node({}, COMMAND_LINE)
     for word in argv:
@@ -159,16 +189,16 @@ def parse_measures(argv: Sequence[str]) -> Measures:
         for part in reversed(path.strip().split(".")):
             node = Node({part: node}, node.origin)
         root = merge(root, node)
-    measures = build(Measures, root, "", problems, complete=not problems)
-    if problems or not isinstance(measures, Measures):
+    made = build(section, root, "", problems, complete=not problems)
+    if problems or not isinstance(made, section):
         raise ConfigError(problems)
-    return measures
+    return made
 
 
-def describe_measures() -> list[str]:
-    """Two lines for every setting of `jaxgpt eval RUN_FOLDER`: its default and type; then its meaning."""
+def describe_settings(section: type[Section]) -> list[str]:
+    """Two lines for every setting of such a verb: its default and type; then its meaning."""
     text = []
-    for setting in settings(Measures):
+    for setting in settings(section):
         if not sections(setting.annotation):
             doc = " ".join((setting.info.description or "").split())
             text += [f"  {setting.path}{default(setting.info)}  ({words(setting.annotation)})", f"      {doc}"]

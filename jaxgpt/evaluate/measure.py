@@ -22,13 +22,13 @@ from rich.table import Table
 from jaxgpt.config.options import Measures
 from jaxgpt.data.records import expand, read_texts
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.runs import find_stage
 
 if TYPE_CHECKING:
     from jaxgpt.api import Model
 
 Results = dict[str, Any]
 TASK_FILES = (".yaml", ".yml")
-BASE = {"base": "pretrain"}
 
 
 def check(run: Path, wanted: Measures, command: str) -> None:
@@ -46,19 +46,7 @@ def check(run: Path, wanted: Measures, command: str) -> None:
     if wanted.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"tasks need lm-eval, which is not installed: uv run --extra eval jaxgpt {command}")
     if wanted.stage is not None:
-        _check_stage(run, wanted.stage)
-
-
-def _check_stage(run: Path, stage: str) -> None:
-    home = next((folder for folder in (run, *run.parents[:3]) if _finished(folder)), None)
-    done = _finished(home) if home is not None else []
-    if BASE.get(stage, stage) not in done:
-        known = f"Finished there: {', '.join(done)}" if done else "No stage is finished there"
-        raise UserError(f"stage={stage}: no such stage in {home or run}.{nearest(stage, done)} {known}")
-
-
-def _finished(folder: Path) -> list[str]:
-    return sorted(path.parent.name for path in folder.glob("*/done.json"))
+        find_stage(run, wanted.stage)
 
 
 def measure(run: Path, wanted: Measures) -> int:
@@ -158,9 +146,10 @@ def _number(value: float | None) -> str:
 def _write(model: Model, what: str, found: Results) -> Path:
     """Writes what was found of one task or text, whole or not at all."""
     folder, label = model.folder, model.folder.name
+    home = folder.parent if (folder / "params").is_dir() else Path()  # a Hugging Face folder is not ours to write in
     if folder.parent.name == "checkpoints":
-        folder, label = folder.parent.parent, f"{folder.parent.parent.name}-{folder.name}"
-    path = folder.parent / "evaluate" / f"{label}-{what.replace('/', '_')}.json"
+        home, label = folder.parent.parent.parent, f"{folder.parent.parent.name}-{folder.name}"
+    path = home / "evaluate" / f"{label}-{what.replace('/', '_')}.json"
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(_plain({"model": str(model.folder), **found}), indent=1) + "\n", encoding="utf-8")

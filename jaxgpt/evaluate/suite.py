@@ -30,7 +30,7 @@ from jaxgpt.evaluate.answers import (
 )
 from jaxgpt.evaluate.rewards import reward_accuracy
 from jaxgpt.evaluate.scorer import load_scorer
-from jaxgpt.stages.run import resolved
+from jaxgpt.runs import STAGES, is_finished, resolved
 
 
 def check_evaluate(evaluate: EvaluateConfig) -> None:
@@ -48,11 +48,7 @@ class Suite:
         check_evaluate(evaluate)
         assert evaluate.data is not None
         self.folder, self.config, self.c, self.console = folder, config, evaluate, console
-        self.models = {
-            name: load(folder / name, mesh=mesh)
-            for name in ("pretrain", "sft", "reward", "ppo")
-            if (folder / name / "done.json").is_file()
-        }
+        self.models = {name: load(folder / name, mesh=mesh) for name in STAGES if is_finished(folder / name)}
         if not self.models:
             raise UserError(f"{folder}: no stage is finished, so there is nothing to evaluate; train one first")
         self.asked = self._prompts(evaluate.data.path)

@@ -63,6 +63,11 @@ def read_config(path: Path) -> dict[str, Any]:
     return _json(file)
 
 
+def write_json(file: Path, value: Any) -> None:
+    """Writes a JSON file as transformers does."""
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text("utf-8"))

@@ -83,13 +83,19 @@ def _tensor(entry: Mapping[str, object], file: Path, data: int) -> Tensor:
 
 def map_tensor(tensor: Tensor) -> np.ndarray:
     """The tensor's bytes as they lie in the file; only what is looked at is read, and forgotten with the array."""
-    dtype = DTYPES[tensor.dtype]
-    if math.prod(tensor.shape) == 0:
-        return np.zeros(tensor.shape, dtype)
-    raw = np.memmap(tensor.file, np.uint8, "r", tensor.offset, (math.prod(tensor.shape) * dtype.itemsize,))
+    dtype, raw = DTYPES[tensor.dtype], map_bytes(tensor)
     if tensor.offset % dtype.itemsize:  # allowed by the format, and not by NumPy
         raw = np.array(raw)
-    return np.asarray(raw).view(dtype).reshape(tensor.shape)
+    return raw.view(dtype).reshape(tensor.shape)
+
+
+def map_bytes(tensor: Tensor) -> np.ndarray:
+    """As `map_tensor`, the bytes alone, of any type."""
+    width = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else OTHER_BYTES.get(tensor.dtype, 0)
+    size = width * math.prod(tensor.shape)
+    if not size:
+        return np.zeros(0, np.uint8)
+    return np.asarray(np.memmap(tensor.file, np.uint8, "r", tensor.offset, (size,)))
 
 
 def write_tensors(

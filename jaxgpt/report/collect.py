@@ -14,8 +14,7 @@ from typing import Any
 import yaml
 
 from jaxgpt.errors import UserError, nearest
-
-STAGES = ("pretrain", "sft", "reward", "ppo")
+from jaxgpt.runs import STAGES
 
 Point = tuple[int, float]  # (step, value)
 

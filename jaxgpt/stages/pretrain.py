@@ -15,7 +15,8 @@ from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
-from jaxgpt.stages.run import RANDOM, FromData, Run, held_out
+from jaxgpt.runs import RANDOM
+from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.step import Batch, Loss
 

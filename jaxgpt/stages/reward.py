@@ -20,8 +20,9 @@ from jaxgpt.mesh import BATCH, check_batch
 from jaxgpt.models.heads import ScalarModel, scalar_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
+from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import check_context, mean_of
-from jaxgpt.stages.run import RANDOM, FromData, Run, held_out
+from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.step import Batch, Loss
 

@@ -12,45 +12,19 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config.schema import Config, ModelConfig, StageConfig
+from jaxgpt.config.schema import Config, ModelConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.errors import UserError, nearest
+from jaxgpt.errors import UserError
+from jaxgpt.interop.foreign import Foreign
+from jaxgpt.interop.weights import read_params
 from jaxgpt.mesh import check_model, put_batch
 from jaxgpt.models.heads import language_model, scalar_model
-from jaxgpt.models.net import Params
+from jaxgpt.models.net import Net, Params
+from jaxgpt.runs import KINDS, is_foreign, parents, resolved, result_folder, run_folder
 from jaxgpt.train.checkpoint import load_params, params_meta
 from jaxgpt.train.loop import Drawn
 from jaxgpt.train.state import State
-
-STAGES = ("pretrain", "sft", "reward", "ppo")
-RANDOM = "random"
-
-
-def run_folder(config: Config) -> Path:
-    """Folder of the run."""
-    return Path(config.runs) / config.name
-
-
-def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
-    """Paths of the config, with {run} put in."""
-    folder = str(run_folder(config))
-    return [path.replace("{run}", folder) for path in ([given] if isinstance(given, str) else given)]
-
-
-def parents(config: Config, name: str) -> dict[str, str]:
-    """What a stage starts from, by role: "start" (a stage, another run's stage folder, or random), PPO's "reward"."""
-    section: StageConfig = getattr(config, name)
-    if name == "ppo":
-        return {"start": section.init or "sft", "reward": config.ppo.reward or "reward"}
-    before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}[name]
-    natural = before if before is not None and getattr(config, before) is not None else RANDOM
-    return {"start": section.init or natural}
-
-
-def stage_folder(config: Config, init: str) -> Path:
-    """The folder that `init` names."""
-    return run_folder(config) / init if init in STAGES else Path(resolved(config, init)[0])
 
 
 def vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> int:
@@ -96,23 +70,6 @@ class Run:
         """What a stage starts from in a role."""
         return parents(self.config, name)[role]
 
-    def result(self, init: str) -> Path:
-        """The folder of finished parameters that `init` names: a stage of this run, or another run's stage folder.
-
-        Raises UserError where that stage has not finished.
-        """
-        folder = stage_folder(self.config, init)
-        if (folder / "done.json").is_file() and (folder / "params").is_dir():
-            return folder / "params"
-        if init in STAGES:
-            raise UserError(
-                f"{folder} has no finished result to start from; train that stage first (jaxgpt {init} FILE), "
-                f"or set init to another run's stage folder or to {RANDOM}"
-            )
-        raise UserError(
-            f"init={init}: no finished stage there.{nearest(init, STAGES)} Stages of this run: {', '.join(STAGES)}"
-        )
-
     def meta(self, kind: str) -> dict[str, Any]:
         """What stands beside finished parameters, so that they can be loaded without the run's config."""
         return {
@@ -124,23 +81,34 @@ class Run:
 
     def load_language(self, init: str) -> Params:
         """A finished language model's parameters, on the mesh."""
-        folder = self.result(init)
-        self._check(folder, "language")
-        return load_params(folder, language_model(self.config.model, self.vocab).abstract)
+        return self._load(init, "language", language_model(self.config.model, self.vocab))
 
     def load_scalar(self, init: str) -> Params:
         """A finished reward model's parameters, on the mesh."""
-        folder = self.result(init)
-        self._check(folder, "scalar")
-        return load_params(folder, scalar_model(self.config.model, self.vocab).abstract)
+        return self._load(init, "scalar", scalar_model(self.config.model, self.vocab))
 
-    def _check(self, folder: Path, kind: str) -> None:
+    def _load(self, init: str, kind: str, net: Net) -> Params:
+        if is_foreign(init):
+            foreign = Foreign.describe(self.paths(init)[0])
+            _check_kind(foreign.path, foreign.kind, kind)
+            _check_tokenizer(foreign.path, Tokenizer.load(foreign.path).model_hash, self.tokenizer.model_hash, self)
+            foreign.check_same(self.config.model)
+            return read_params(foreign, net.abstract)
+        folder = result_folder(self.config, init, kind) / "params"
         meta = params_meta(folder)
-        names = {"language": "a language model", "scalar": "a reward model"}
-        if meta.get("kind") != kind:
-            raise UserError(f"{folder} holds {names.get(meta.get('kind'), 'something else')}; {names[kind]} is needed")
-        if meta.get("tokenizer") != self.tokenizer.hash:
-            raise UserError(f"{folder} was trained with another tokenizer than {self.folder / 'tokenizer'}")
+        _check_kind(folder, meta.get("kind"), kind)
+        _check_tokenizer(folder, meta.get("tokenizer"), self.tokenizer.hash, self)
+        return load_params(folder, net.abstract)
+
+
+def _check_kind(folder: Path, found: str | None, wanted: str) -> None:
+    if found != wanted:
+        raise UserError(f"{folder} holds {KINDS.get(str(found), 'something else')}; {KINDS[wanted]} is needed")
+
+
+def _check_tokenizer(folder: Path, found: str | None, ours: str, run: Run) -> None:
+    if found != ours:
+        raise UserError(f"{folder} was trained with another tokenizer than {run.folder / 'tokenizer'}")
 
 
 def _number(name: str) -> int:

@@ -12,8 +12,9 @@ from jaxgpt.errors import UserError
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
 from jaxgpt.optim import adamw, schedule
+from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import check_context, language_loss, lower_nll, mean_of
-from jaxgpt.stages.run import RANDOM, FromData, Run, held_out
+from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Drawn, Stage
 from jaxgpt.train.state import State
 

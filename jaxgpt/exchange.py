@@ -1,0 +1,96 @@
+"""The verbs that take models in and out: `import` and `export`.
+
+Reads and writes folders.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import jax
+import yaml
+from rich.console import Console
+
+from jaxgpt.api import keep_compiled, load
+from jaxgpt.config.options import Export, Import
+from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.interop.export import whole, write_folder
+from jaxgpt.interop.foreign import Foreign
+from jaxgpt.interop.weights import read_params
+from jaxgpt.mesh import check_model, make_mesh
+from jaxgpt.models.heads import language_model, scalar_model
+from jaxgpt.models.net import count
+from jaxgpt.runs import IMPORTED, KINDS
+from jaxgpt.stages.run import vocabulary
+from jaxgpt.train.checkpoint import save_params
+
+DTYPES = {"float32": "F32", "bfloat16": "BF16"}
+
+
+def import_folder(folder: Path, wanted: Import) -> int:
+    """Reads a Hugging Face folder and writes it as a run whose one result is `imported`; returns 0.
+
+    Raises UserError where anything of it cannot be read exactly; nothing is left then.
+    """
+    keep_compiled()
+    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
+    foreign = Foreign.describe(folder)
+    tokenizer = Tokenizer.load(wanted.tokenizer or foreign.path, wanted.template)
+    vocab = vocabulary(foreign.model, tokenizer)
+    mesh = make_mesh(wanted.mesh)
+    check_model(mesh, foreign.model, vocab)
+    out = Path(wanted.out or f"runs/{foreign.path.resolve().name}")
+    model = foreign.model.model_dump(mode="json")
+    with whole(out) as part, jax.set_mesh(mesh):
+        net = (language_model if foreign.kind == "language" else scalar_model)(foreign.model, vocab)
+        params = read_params(foreign, net.abstract)
+        home = part / IMPORTED
+        home.mkdir()
+        meta = {"kind": foreign.kind, "model": model, "vocab": vocab, "tokenizer": tokenizer.hash}
+        mark = save_params(home / "params", params, meta)
+        (home / "config.yaml").write_text(yaml.safe_dump({"from": str(folder), "model": model}, sort_keys=False))
+        tokenizer.save(part / "tokenizer")
+        (home / "done.json").write_text(json.dumps({"fingerprint": mark, "params": count(params)}, indent=1) + "\n")
+    console.print(
+        f"{foreign.family.causal if foreign.kind == 'language' else foreign.family.classifier}  "
+        f"{count(params):,} parameters, {tokenizer.size:,} tokens  {time.monotonic() - began:.1f} s"
+    )
+    use = f'jaxgpt sample {out} "Once upon a time"' if foreign.kind == "language" else f"ppo.reward={out}"
+    console.print(f"{out}   {KINDS[foreign.kind]}; next: {use}, or init={out} in a stage")
+    return 0
+
+
+def export(run: Path, folder: Path, wanted: Export) -> int:
+    """Writes a finished model as a Hugging Face folder; returns 0.
+
+    Raises UserError where transformers has no class that computes it; nothing is left then.
+    """
+    keep_compiled()
+    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
+    model = load(run, wanted.stage, wanted.mesh)
+    config = model.config.model_copy(update={"vocab": model.vocab})
+    with jax.set_mesh(model.mesh):
+        family = write_folder(
+            folder,
+            model.kind,
+            config,
+            model.params,
+            model.tokenizer,
+            DTYPES[wanted.dtype],
+            int(wanted.shard_gb * 1e9),
+        )
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    name = family.causal if model.kind == "language" else family.classifier
+    console.print(
+        f"{folder}   {name}, {wanted.dtype}, {count(model.params):,} parameters, {size / 1e6:,.1f} MB   "
+        f"{time.monotonic() - began:.1f} s"
+    )
+    if model.kind == "scalar":
+        bias = float(model.params["bias"])
+        console.print(f"transformers' {name} has no bias: a score is its logit + config.score_bias ({bias:.6g})")
+    console.print(
+        f"{folder / 'README.md'} tells what transformers does with control tokens in users' text", style="dim"
+    )
+    return 0

@@ -1,0 +1,355 @@
+"""The families of models: the classes of transformers, what their config.json says as our settings, and back.
+
+A family holds a model where the config.json that it writes, read again, describes the same model; nothing else decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from jaxgpt.config.load import flat
+from jaxgpt.config.schema import ModelConfig
+from jaxgpt.errors import UserError, nearest
+from jaxgpt.interop import names
+from jaxgpt.interop.settings import (
+    ACTIVATIONS,
+    Given,
+    Json,
+    layer_windows,
+    read_decoder,
+    read_rope,
+    read_windows,
+    their_name,
+    write_decoder,
+    write_rope,
+    write_windows,
+    written_std,
+)
+
+NOT_ARCHITECTURE = ("init_std", "embedding_std", "dtype", "scan_layers", "remat")
+"""Settings of a model that do not change what its parameters mean."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model class of transformers."""
+
+    type: str
+    """model_type of config.json."""
+    causal: str
+    """The class of language models."""
+    classifier: str | None
+    """The class that gives a score; None where there is none."""
+    base: str
+    """What the names of the inner model's tensors begin with."""
+    tensors: names.Names
+    read: Callable[[Given], Json]
+    """config.json to the fields of a ModelConfig."""
+    write: Callable[[ModelConfig], Json]
+    """What config.json says of a model, as far as the family can say it."""
+
+    def model(self, config: Mapping[str, Any], where: str) -> ModelConfig:
+        """Our settings of a config.json. Raises UserError for one that we do not have; `where` begins the message."""
+        try:
+            return ModelConfig(**self.read(Given(config, where)))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "model"
+            raise UserError(f"{where}: {key}: {first['msg']} (found {first['input']!r:.60})") from error
+        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
+            raise UserError(f"{where}: not as {self.causal} has it ({type(error).__name__}: {error})") from error
+
+    def lacks(self, model: ModelConfig) -> list[str]:
+        """What the family cannot say of a model: "model.attention.softcap is 30.0, and it has null"."""
+        try:
+            return differences(model, self.model(self.write(model), self.causal))
+        except UserError as error:
+            return [str(error)]
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """What the parameters of a model mean, every default written out: equal for models that compute the same."""
+    full = model.model_dump(mode="json", exclude=set(NOT_ARCHITECTURE))
+    full["attention"] |= {
+        "kv_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "scale": model.attention.scale or model.head_dim**-0.5,
+        "windows": layer_windows(model),
+    }
+    full["mlp"]["width"] = model.hidden
+    full["shared_norm"] = model.residual == "parallel" and model.shared_norm
+    return full
+
+
+def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
+    """Where two models differ, with the values of both."""
+    ours, theirs = (flat(architecture(m)) for m in (model, other))
+    keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
+    return [f"model.{'.'.join(key)} is {_shown(ours.get(key))}, and it has {_shown(theirs.get(key))}" for key in keys]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        period = next(n for n in range(1, len(value) + 1) if value == (value[:n] * len(value))[: len(value)])
+        return f"[{', '.join(_shown(one) for one in value[:period])}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _read_llama(given: Given) -> Json:
+    made, biased = read_decoder(given), given("attention_bias", False)
+    made["attention"] |= {"qkv_bias": biased, "out_bias": biased}
+    made["mlp"]["bias"] = given("mlp_bias", False)
+    return made
+
+
+def _write_llama(model: ModelConfig) -> Json:
+    return write_decoder(model) | {"attention_bias": model.attention.qkv_bias, "mlp_bias": model.mlp.bias}
+
+
+def _read_mistral(given: Given) -> Json:
+    made = read_decoder(given, kv_heads=8)
+    made["attention"]["windows"] = [given.values.get("sliding_window", 4096)]
+    return made
+
+
+def _write_mistral(model: ModelConfig) -> Json:
+    return write_decoder(model) | {"sliding_window": layer_windows(model)[0]}
+
+
+def _read_qwen2(given: Given) -> Json:
+    made = read_decoder(given, kv_heads=32)
+    window = given.values.get("sliding_window", 4096) if given("use_sliding_window", False) else None
+    made["attention"] |= {"qkv_bias": True, "windows": read_windows(given, window, given("max_window_layers", 28))}
+    return made
+
+
+def _write_qwen2(model: ModelConfig) -> Json:
+    return write_decoder(model) | write_windows(model)
+
+
+def _read_qwen3(given: Given) -> Json:
+    made, biased = _read_qwen2(given), given("attention_bias", False)
+    made["attention"] |= {"qkv_bias": biased, "out_bias": biased, "qk_norm": True}
+    made["attention"]["head_dim"] = given("head_dim", 128)
+    return made
+
+
+def _write_qwen3(model: ModelConfig) -> Json:
+    return _write_qwen2(model) | {"attention_bias": model.attention.qkv_bias}
+
+
+def _read_gpt2(given: Given) -> Json:
+    given.only("scale_attn_by_inverse_layer_idx", False)
+    given.only("add_cross_attention", False)
+    width, heads = given.need("n_embd"), given.need("n_head")
+    return {
+        "vocab": given.need("vocab_size"),
+        "width": width,
+        "layers": given.need("n_layer"),
+        "context": given("n_positions", given("n_ctx", 1024)),
+        "norm": {"type": "layernorm", "eps": given("layer_norm_epsilon", 1e-5), "bias": True},
+        "positions": {"type": "learned"},
+        "attention": {
+            "heads": heads,
+            "qkv_bias": True,
+            "out_bias": True,
+            "scale": None if given("scale_attn_weights", True) else 1.0,
+        },
+        "mlp": {
+            "type": given.named("activation_function", "gelu_new", ACTIVATIONS),
+            "width": given("n_inner", 4 * width),
+            "bias": True,
+        },
+        "tied": given("tie_word_embeddings", True),
+        "init_std": given("initializer_range", 0.02),
+    }
+
+
+def _write_gpt2(model: ModelConfig) -> Json:
+    return {
+        "vocab_size": model.vocab,
+        "n_embd": model.width,
+        "n_layer": model.layers,
+        "n_positions": model.context,
+        "n_ctx": model.context,  # llama.cpp reads this one
+        "n_head": model.attention.heads,
+        "n_inner": model.hidden,
+        "scale_attn_weights": model.attention.scale != 1.0,
+        "activation_function": their_name(ACTIVATIONS, model.mlp.type),
+        "layer_norm_epsilon": model.norm.eps,
+        "tie_word_embeddings": model.tied,
+        "initializer_range": written_std(model),
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
+    }
+
+
+def _read_gpt_neo(given: Given) -> Json:
+    width = given.need("hidden_size")
+    kinds = [kind for pattern, times in given.need("attention_types") for kind in list(pattern) * times]
+    window = {"global": None, "local": given("window_size", 256)}
+    return {
+        "vocab": given.need("vocab_size"),
+        "width": width,
+        "layers": given.need("num_layers"),
+        "context": given.need("max_position_embeddings"),
+        "norm": {"type": "layernorm", "eps": given("layer_norm_epsilon", 1e-5), "bias": True},
+        "positions": {"type": "learned"},
+        "attention": {
+            "heads": given.need("num_heads"),
+            "out_bias": True,
+            "scale": 1.0,
+            "windows": [window[kind] for kind in kinds],
+        },
+        "mlp": {
+            "type": given.named("activation_function", "gelu_new", ACTIVATIONS),
+            "width": given("intermediate_size", 4 * width),
+            "bias": True,
+        },
+        "tied": given("tie_word_embeddings", True),
+        "init_std": given("initializer_range", 0.02),
+    }
+
+
+def _write_gpt_neo(model: ModelConfig) -> Json:
+    sizes = layer_windows(model)
+    return {
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_layers": model.layers,
+        "max_position_embeddings": model.context,
+        "num_heads": model.attention.heads,
+        "attention_types": [[["global" if size is None else "local"], 1] for size in sizes],
+        "window_size": next((size for size in sizes if size is not None), 256),
+        "activation_function": their_name(ACTIVATIONS, model.mlp.type),
+        "intermediate_size": model.hidden,
+        "layer_norm_epsilon": model.norm.eps,
+        "tie_word_embeddings": model.tied,
+        "initializer_range": written_std(model),
+        "classifier_dropout": 0.0,
+    }
+
+
+def _read_gpt_neox(given: Given) -> Json:
+    biased = given("attention_bias", True)
+    return {
+        "vocab": given.need("vocab_size"),
+        "width": given.need("hidden_size"),
+        "layers": given.need("num_hidden_layers"),
+        "context": given.need("max_position_embeddings"),
+        "norm": {"type": "layernorm", "eps": given("layer_norm_eps", 1e-5), "bias": True},
+        "positions": read_rope(given, fraction=0.25),
+        "attention": {"heads": given.need("num_attention_heads"), "qkv_bias": biased, "out_bias": biased},
+        "mlp": {
+            "type": given.named("hidden_act", "gelu", ACTIVATIONS),
+            "width": given.need("intermediate_size"),
+            "bias": True,
+        },
+        "residual": "parallel" if given("use_parallel_residual", True) else "sequential",
+        "shared_norm": False,
+        "tied": given("tie_word_embeddings", False),
+        "init_std": given("initializer_range", 0.02),
+    }
+
+
+def _write_gpt_neox(model: ModelConfig) -> Json:
+    return {
+        "vocab_size": model.vocab,
+        "hidden_size": model.width,
+        "num_hidden_layers": model.layers,
+        "max_position_embeddings": model.context,
+        "num_attention_heads": model.attention.heads,
+        "attention_bias": model.attention.qkv_bias,
+        "hidden_act": their_name(ACTIVATIONS, model.mlp.type),
+        "intermediate_size": model.hidden,
+        "layer_norm_eps": model.norm.eps,
+        "use_parallel_residual": model.residual == "parallel",
+        "tie_word_embeddings": model.tied,
+        "initializer_range": written_std(model),
+        "classifier_dropout": 0.0,
+        **write_rope(model, partial=True),
+    }
+
+
+def _read_cohere(given: Given) -> Json:
+    given.only("use_qk_norm", False)  # theirs is a layer norm of its own
+    made, biased = read_decoder(given), given("attention_bias", False)
+    made["attention"] |= {"qkv_bias": biased, "out_bias": biased}
+    return made | {
+        "norm": {"type": "layernorm", "eps": given("layer_norm_eps", 1e-5)},
+        "positions": read_rope(given, base=500_000.0, pairing="interleaved"),
+        "residual": "parallel",
+        "shared_norm": True,
+        "tied": given("tie_word_embeddings", True),
+        "logit_scale": given("logit_scale", 0.0625),
+    }
+
+
+def _write_cohere(model: ModelConfig) -> Json:
+    written = write_decoder(model)
+    del written["rms_norm_eps"]
+    return written | {
+        "layer_norm_eps": model.norm.eps,
+        "logit_scale": model.logit_scale,
+        "attention_bias": model.attention.qkv_bias,
+        "use_qk_norm": False,
+    }
+
+
+def _like_llama(kind: str, title: str, classifier: bool, read: Any, write: Any) -> Family:
+    score = f"{title}ForSequenceClassification" if classifier else None
+    return Family(kind, f"{title}ForCausalLM", score, "model.", names.LLAMA, read, write)
+
+
+FAMILIES = (
+    _like_llama("llama", "Llama", True, _read_llama, _write_llama),
+    _like_llama("mistral", "Mistral", True, _read_mistral, _write_mistral),
+    _like_llama("qwen2", "Qwen2", True, _read_qwen2, _write_qwen2),
+    _like_llama("qwen3", "Qwen3", True, _read_qwen3, _write_qwen3),
+    _like_llama("cohere", "Cohere", False, _read_cohere, _write_cohere),
+    Family(
+        "gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", names.GPT2, _read_gpt2, _write_gpt2
+    ),
+    Family(
+        "gpt_neo",
+        "GPTNeoForCausalLM",
+        "GPTNeoForSequenceClassification",
+        "transformer.",
+        names.GPT_NEO,
+        _read_gpt_neo,
+        _write_gpt_neo,
+    ),
+    Family(
+        "gpt_neox",
+        "GPTNeoXForCausalLM",
+        "GPTNeoXForSequenceClassification",
+        "gpt_neox.",
+        names.GPT_NEOX,
+        _read_gpt_neox,
+        _write_gpt_neox,
+    ),
+)
+"""In the order in which one is chosen to hold a model. PaLM is Cohere's with one key/value head; Vicuna is LLaMA."""
+
+
+def family_of(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a config.json. Raises UserError where it is none of ours."""
+    known, found = {family.type: family for family in FAMILIES}, config.get("model_type")
+    if found in known:
+        return known[found]
+    what = "has no model_type" if found is None else f"is of model_type {found!r}, which jaxgpt does not read"
+    raise UserError(f"{where}: {what}.{nearest(str(found), known)} Known: {', '.join(known)}")
+
+
+def family_for(model: ModelConfig) -> Family:
+    """The family that holds a model. Raises UserError where there is none, with what the nearest one lacks."""
+    lacking = {family.type: family.lacks(model) for family in FAMILIES}
+    for family in FAMILIES:
+        if not lacking[family.type]:
+            return family
+    near = min(FAMILIES, key=lambda family: len(lacking[family.type]))
+    reasons = "".join(f"\n  {reason}" for reason in lacking[near.type])
+    raise UserError(f"no class of transformers computes this model; {near.causal} comes nearest:{reasons}")

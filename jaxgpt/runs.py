@@ -1,0 +1,119 @@
+"""Where things lie: the folder of a run, its stages' results, and what each stage starts from.
+
+Reads folders. Nothing here needs jax.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxgpt.config.schema import Config, StageConfig
+from jaxgpt.errors import UserError, nearest
+
+STAGES = ("pretrain", "sft", "reward", "ppo")
+IMPORTED = "imported"
+"""The folder of a model that came from elsewhere, beside those of the stages."""
+RANDOM = "random"
+BASE = {"base": "pretrain"}
+"""Another name of a stage."""
+KINDS = {"language": "a language model", "scalar": "a reward model"}
+"""What finished parameters can be, and how messages call it."""
+FOREIGN = "hf:"
+"""What the name of a Hugging Face folder begins with, where a folder of ours could stand as well."""
+
+
+def run_folder(config: Config) -> Path:
+    """Folder of the run."""
+    return Path(config.runs) / config.name
+
+
+def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
+    """Paths of the config, with {run} put in."""
+    folder = str(run_folder(config))
+    return [path.replace("{run}", folder) for path in ([given] if isinstance(given, str) else given)]
+
+
+def parents(config: Config, name: str) -> dict[str, str]:
+    """What a stage starts from, by role: "start" (a stage, another run, a Hugging Face folder, or random), PPO's
+    "reward"."""
+    section: StageConfig = getattr(config, name)
+    if config.ppo is not None and name == "ppo":
+        return {"start": section.init or "sft", "reward": config.ppo.reward or "reward"}
+    before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}[name]
+    natural = before if before is not None and getattr(config, before) is not None else RANDOM
+    return {"start": section.init or natural}
+
+
+def is_foreign(name: str | Path) -> bool:
+    """Whether a Hugging Face folder is named, rather than something of ours."""
+    return str(name).startswith(FOREIGN)
+
+
+def is_finished(stage: Path) -> bool:
+    """Whether a folder holds a result: its parameters, and the note that they are whole."""
+    return (stage / "done.json").is_file() and (stage / "params").is_dir()
+
+
+def finished(run: Path) -> list[str]:
+    """Names of the results of a run, in order."""
+    return [name for name in (IMPORTED, *STAGES) if is_finished(run / name)]
+
+
+def find_stage(path: Path, stage: str | None = None) -> Path:
+    """The folder of a finished stage: `path` itself, one named ("base" is pretrain), or the run's last language model.
+    A Hugging Face folder ("hf:...") is itself.
+
+    Raises UserError where there is none.
+    """
+    if is_foreign(path):
+        if stage is not None:
+            raise UserError(f"{path}: a Hugging Face folder holds one model; leave the stage '{stage}' out")
+        return path
+    if not path.is_dir():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise UserError(f"{path}: no such folder.{nearest(path.name, siblings)}")
+    trained = (path / "params").is_dir()
+    if stage is None and trained:
+        return path
+    begun = (path / "checkpoints").is_dir()
+    if stage is None and begun:
+        raise UserError(f"{path} is not finished; the command that began it goes on with it")
+    run = path.parent if trained or begun else path
+    done = finished(run)
+    if stage is None:
+        speaking = [name for name in done if name != "reward"] or done
+        if speaking:
+            return run / speaking[-1]
+        if (path / "config.json").is_file():
+            raise UserError(f"{path} is a Hugging Face folder: {FOREIGN}{path} reads it, or jaxgpt import {path}")
+        raise UserError(f"{run}: no finished stage there; expected the folder of a run, such as runs/meadow")
+    name = BASE.get(stage, stage)
+    if name in done:
+        return run / name
+    known = f"Finished there: {', '.join(done) or 'nothing'}"
+    if name not in (IMPORTED, *STAGES):
+        raise UserError(f"'{stage}': no such stage.{nearest(stage, (*STAGES, *BASE, IMPORTED))} {known}")
+    raise UserError(f"{run}: stage {name} is not finished. {known}")
+
+
+def result_folder(config: Config, init: str, kind: str = "language") -> Path:
+    """The folder of a finished stage that `init` names: a stage of this run, another run's stage, or another run, whose
+    last model of that kind is taken.
+
+    Raises UserError where that has not finished.
+    """
+    folder = run_folder(config) / init if init in STAGES else Path(resolved(config, init)[0])
+    if is_finished(folder):
+        return folder
+    if init in STAGES:
+        raise UserError(
+            f"{folder} has no finished result to start from; train that stage first (jaxgpt {init} FILE), "
+            f"or set init to another run's stage folder or to {RANDOM}"
+        )
+    done = finished(folder)
+    if done:
+        return find_stage(folder, "reward" if kind == "scalar" and "reward" in done else None)
+    foreign = f" It is a Hugging Face folder: init={FOREIGN}{init}" if (folder / "config.json").is_file() else ""
+    raise UserError(
+        f"init={init}: no finished stage there.{nearest(init, STAGES)}{foreign} Stages of this run: {', '.join(STAGES)}"
+    )
