@@ -13,7 +13,8 @@ from pathlib import Path
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.interop.families import Family, family_for
+from jaxgpt.interop.families import family_for
+from jaxgpt.interop.family import Family
 from jaxgpt.interop.folder import CONFIG, write_json
 from jaxgpt.interop.settings import Json
 from jaxgpt.interop.tokenizer_files import tokenizer_files
@@ -30,8 +31,8 @@ def choose_family(model: ModelConfig, kind: str) -> Family:
     if kind == "scalar" and family.classifier is None:
         missing = f"{family.causal.removesuffix('ForCausalLM')}ForSequenceClassification"
         raise UserError(
-            f"this reward model is built as {family.causal}, and transformers has no {missing}; only language models of "
-            "this family can be exported"
+            f"this reward model is built as {family.causal}, and transformers has no {missing}; only "
+            "language models of this family can be exported"
         )
     return family
 

@@ -1,20 +1,14 @@
-"""The families of models: the classes of transformers, what their config.json says as our settings, and back.
-
-A family holds a model where the config.json that it writes, read again, describes the same model; nothing else decides.
-"""
+"""The families of models: the classes of transformers, what their config.json says as our settings, and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
-from jaxgpt.config.load import flat
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop import names
+from jaxgpt.interop.family import Family
 from jaxgpt.interop.settings import (
     ACTIVATIONS,
     Given,
@@ -29,74 +23,6 @@ from jaxgpt.interop.settings import (
     write_windows,
     written_std,
 )
-
-NOT_ARCHITECTURE = ("init_std", "embedding_std", "dtype", "scan_layers", "remat")
-"""Settings of a model that do not change what its parameters mean."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One model class of transformers."""
-
-    type: str
-    """model_type of config.json."""
-    causal: str
-    """The class of language models."""
-    classifier: str | None
-    """The class that gives a score; None where there is none."""
-    base: str
-    """What the names of the inner model's tensors begin with."""
-    tensors: names.Names
-    read: Callable[[Given], Json]
-    """config.json to the fields of a ModelConfig."""
-    write: Callable[[ModelConfig], Json]
-    """What config.json says of a model, as far as the family can say it."""
-
-    def model(self, config: Mapping[str, Any], where: str) -> ModelConfig:
-        """Our settings of a config.json. Raises UserError for one that we do not have; `where` begins the message."""
-        try:
-            return ModelConfig(**self.read(Given(config, where)))
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            key = ".".join(map(str, first["loc"])) or "model"
-            raise UserError(f"{where}: {key}: {first['msg']} (found {first['input']!r:.60})") from error
-        except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
-            raise UserError(f"{where}: not as {self.causal} has it ({type(error).__name__}: {error})") from error
-
-    def lacks(self, model: ModelConfig) -> list[str]:
-        """What the family cannot say of a model: "model.attention.softcap is 30.0, and it has null"."""
-        try:
-            return differences(model, self.model(self.write(model), self.causal))
-        except UserError as error:
-            return [str(error)]
-
-
-def architecture(model: ModelConfig) -> dict[str, Any]:
-    """What the parameters of a model mean, every default written out: equal for models that compute the same."""
-    full = model.model_dump(mode="json", exclude=set(NOT_ARCHITECTURE))
-    full["attention"] |= {
-        "kv_heads": model.kv_heads,
-        "head_dim": model.head_dim,
-        "scale": model.attention.scale or model.head_dim**-0.5,
-        "windows": layer_windows(model),
-    }
-    full["mlp"]["width"] = model.hidden
-    full["shared_norm"] = model.residual == "parallel" and model.shared_norm
-    return full
-
-
-def differences(model: ModelConfig, other: ModelConfig) -> list[str]:
-    """Where two models differ, with the values of both."""
-    ours, theirs = (flat(architecture(m)) for m in (model, other))
-    keys = [key for key in dict.fromkeys((*ours, *theirs)) if ours.get(key) != theirs.get(key)]
-    return [f"model.{'.'.join(key)} is {_shown(ours.get(key))}, and it has {_shown(theirs.get(key))}" for key in keys]
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        period = next(n for n in range(1, len(value) + 1) if value == (value[:n] * len(value))[: len(value)])
-        return f"[{', '.join(_shown(one) for one in value[:period])}]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _read_llama(given: Given) -> Json:

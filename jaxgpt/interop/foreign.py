@@ -17,7 +17,8 @@ import yaml
 from jaxgpt.config.load import Sections
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.interop.families import NOT_ARCHITECTURE, Family, differences, family_of
+from jaxgpt.interop.families import family_of
+from jaxgpt.interop.family import NOT_ARCHITECTURE, Family, differences
 from jaxgpt.interop.folder import CONFIG, Folder, read_config
 from jaxgpt.interop.tensor_files import map_bytes
 from jaxgpt.runs import FOREIGN, RANDOM, STAGES, find_stage, is_foreign

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.errors import UserError
-from jaxgpt.interop.families import Family
+from jaxgpt.interop.family import Family
 from jaxgpt.interop.folder import INDEX, SINGLE, Folder, write_json
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.interop.layout import letters_of, tensor_shape, view

@@ -1,0 +1,260 @@
+"""A folder that cannot be read exactly is refused in words: which tensor or setting, what was found, what was expected.
+
+Folders here are written by the safetensors library, not by ours.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxgpt.config.load import load
+from jaxgpt.config.schema import MeshConfig, ModelConfig
+from jaxgpt.errors import UserError
+from jaxgpt.interop.families import FAMILIES, family_for
+from jaxgpt.interop.folder import Folder
+from jaxgpt.interop.foreign import Foreign
+from jaxgpt.interop.layout import tensor_shape
+from jaxgpt.interop.tensor_files import write_tensors
+from jaxgpt.interop.weights import parts_of, read_params, sizes_of
+from jaxgpt.mesh import make_mesh
+from jaxgpt.models.heads import language_model
+
+ROOT = Path(__file__).parents[2]
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "max_position_embeddings": 32,
+}
+
+
+def abstract(model: ModelConfig):
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))):
+        return language_model(model, model.vocab).abstract
+
+
+def read(folder: Path):
+    foreign = Foreign.describe(folder)
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, fsdp=1, tensor=1))):
+        return read_params(foreign, language_model(foreign.model, foreign.model.vocab).abstract)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A whole folder in two shards."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    foreign = Foreign.describe(tmp_path)
+    parts = parts_of(foreign.family, abstract(foreign.model))
+    shapes = {name: tensor_shape(found[0].layout, sizes_of(foreign.model)) for name, found in parts.items()}
+    where = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(shapes)}
+    draw = np.random.default_rng(0)
+    for file in set(where.values()):
+        save_file(
+            {n: draw.normal(size=shapes[n]).astype(np.float32) for n in shapes if where[n] == file}, tmp_path / file
+        )
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    assert read(tmp_path)
+    return tmp_path
+
+
+def change(folder: Path, **settings) -> Path:
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **settings}))
+    return folder
+
+
+def refused(folder: Path, *said: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(folder)
+    for text in said:
+        assert text in str(error.value), str(error.value)
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    refused(folder, "shard model-00002-of-00002.safetensors is missing (10 of 21 tensors, 2 shards)")
+
+
+def test_a_truncated_file_names_the_tensor_that_is_cut(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    refused(folder, "model-00001-of-00002.safetensors: cut short: ", f"and the file has {len(whole) - 100}")
+    shard.write_bytes(whole[:50])
+    refused(folder, "cut short: its header has")
+    shard.write_bytes(b"not one")
+    refused(folder, "not a safetensors file")
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file({**tensors, name: np.zeros((16, 23), np.float32)}, shard)
+    refused(folder, f"{name} is [16, 23] in model-00001-of-00002.safetensors, expected [16, 24]")
+
+
+def test_tensors_too_few_or_too_many_are_named(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    lost = next(name for name in tensors if "down_proj" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != lost}, shard)
+    refused(folder, f"tensor {lost} should be in model-00001-of-00002.safetensors, and is not there")
+    save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, shard)
+    refused(folder, "model.layers.0.self_attn.q_proj.bias has no place in LlamaForCausalLM with these settings")
+    save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}, shard)
+    assert read(folder), "buffers of older versions are passed over"
+
+
+def test_fewer_layers_than_tensors_is_no_silent_cut(folder):
+    refused(change(folder, num_hidden_layers=1), "model.layers.1.mlp.down_proj.weight has no place")
+    refused(change(folder, num_hidden_layers=3), "model.layers.2.input_layernorm.weight is not there, expected [16]")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"model_type": "lama"},
+            "is of model_type 'lama', which jaxgpt does not read. Did you mean 'llama'? Known: llama",
+        ),
+        ({"model_type": None}, "has no model_type. Known: "),
+        ({"hidden_act": "relu6"}, "hidden_act is 'relu6', which jaxgpt does not have here; expected silu"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by 'yarn', which jaxgpt does not have"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "not as LlamaForCausalLM has it (KeyError: 'factor')"),
+        ({"hidden_size": None}, "config.json: hidden_size is not there"),
+        ({"num_attention_heads": 3}, "width 16 is not a multiple of attention.heads 3"),
+        ({"num_attention_heads": "two"}, "attention.heads: "),
+        ({"architectures": ["LlamaForTokenClassification"]}, "expected LlamaForCausalLM or LlamaForSequenceClass"),
+        ({"model_type": "gpt2"}, "config.json: n_embd is not there"),
+    ],
+)
+def test_settings_that_jaxgpt_lacks_are_named(folder, settings, said):
+    refused(change(folder, **settings), said)
+
+
+def test_other_folders_are_told_apart(folder, tmp_path):
+    refused(tmp_path / "nowhere", "no such folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(empty, "no config.json there, so it is no Hugging Face model folder")
+    (empty / "adapter_config.json").write_text("{}")
+    refused(empty, "It holds an adapter: merge it into its base model first")
+    (empty / "config.json").write_text("{")
+    refused(empty, "config.json: not JSON")
+    (empty / "config.json").write_text(json.dumps(LLAMA))
+    refused(empty, "no weights there: expected model.safetensors")
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    refused(empty, "only pytorch_model.bin there", "save_pretrained")
+
+
+def test_quantized_weights_are_refused(folder):
+    shard = folder / "model-00001-of-00002.safetensors"
+    tensors = load_file(shard)
+    name = next(name for name in tensors if "down_proj" in name)
+    save_file({**tensors, name: np.zeros((16, 24), np.int8)}, shard)
+    refused(folder, f"{name} is of type I8; weights are read as F64, F32, F16, BF16")
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_our_files_are_read_by_the_safetensors_library(tmp_path, dtype):
+    values = {
+        "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "é": np.float32(1.5).reshape(()),
+        "none": np.zeros((0, 2)),
+    }
+    write_tensors(tmp_path / "x.safetensors", {n: v.shape for n, v in values.items()}, dtype, values.__getitem__)
+    there = load_file(tmp_path / "x.safetensors")
+    assert {n: v.astype(np.float32).tolist() for n, v in there.items()} == {n: v.tolist() for n, v in values.items()}
+
+
+def test_a_folder_has_a_mark_of_its_weights(folder):
+    mark = Foreign.describe(folder).mark()
+    assert mark == Foreign.describe(folder).mark() and len(mark) == 16
+    shard = folder / "model-00002-of-00002.safetensors"
+    name, tensor = sorted(load_file(shard).items())[0]
+    save_file({**load_file(shard), name: tensor + 1}, shard)
+    assert Foreign.describe(folder).mark() != mark
+
+
+PUBLISHED = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml") if path.stem != "tiny")
+
+
+def published(name: str, *changes: str) -> ModelConfig:
+    return load(ROOT / "configs" / "shakespeare.yaml", [f"model={name}", *changes]).config.model
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_published_model_has_a_family(name):
+    """GPT-3's banded layers are in no class of transformers that also has its biases; dense, it is GPT-2."""
+    model = published(name)
+    if name.startswith("gpt3"):
+        with pytest.raises(UserError, match=re.escape("model.attention.windows is [null, 256], and it has [null]")):
+            family_for(model)
+        model = published(name, "model.attention.windows=[null]")
+    expected = {
+        "gpt2": "gpt2",
+        "gpt3": "gpt2",
+        "gpt": "gpt_neox",
+        "pythia": "gpt_neox",
+        "palm": "cohere",
+        "qwen2": "qwen2",
+    }
+    assert family_for(model).type == expected.get(name.partition("-")[0], "llama")
+
+
+def test_banded_layers_without_biases_are_gpt_neo():
+    model = published("gpt3-125m", "model.attention.qkv_bias=false", "model.attention.scale=1")
+    assert family_for(model).type == "gpt_neo"
+
+
+def test_the_tiny_model_is_a_llama():
+    model = ModelConfig(**{**published("llama-7b").model_dump(), "tied": True})
+    assert family_for(model).type == "llama"
+    assert family_for(load(ROOT / "configs" / "meadow.yaml", ["model.vocab=1024"]).config.model).type == "llama"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            ["model.attention.softcap=30"],
+            ["LlamaForCausalLM comes nearest", "model.attention.softcap is 30.0, and it has null"],
+        ),
+        (["model.attention.windows=[8, 16]"], ["model.attention.windows is [8, 16]"]),
+        (["model.positions={type: none}"], ["model.positions.type is none, and it has rope"]),
+        (["model.mlp.type=relu"], ["model.mlp.type is relu, and it has swiglu"]),
+        (
+            ["model.attention.qkv_bias=true", "model.attention.out_bias=false", "model.mlp.bias=true"],
+            ["model.attention.out_bias is false, and it has true"],
+        ),
+    ],
+)
+def test_what_no_class_computes_is_named(changes, said):
+    with pytest.raises(UserError) as error:
+        family_for(published("llama-7b", "model.context=128", *changes))
+    for text in said:
+        assert text in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.type)
+def test_no_two_arrays_share_a_place(family):
+    places = list(family.tensors.values())
+    assert len(set(places)) == len(places)
+
+
+def test_opening_reads_headers_alone(folder):
+    opened = Folder.open(folder)
+    tensor = opened.tensors["model.norm.weight"]
+    assert (tensor.shape, tensor.dtype) == ((16,), "F32")
+    assert opened.read("model.norm.weight").dtype == np.float32
