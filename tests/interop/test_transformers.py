@@ -32,7 +32,7 @@ def test_logits_are_those_of_transformers(case):
         ours = our_logits(*read(folder), TOKENS)
     theirs = their_logits(model, TOKENS)
     assert np.abs(theirs).max() > 0.5, "logits near zero would prove nothing"
-    assert np.abs(ours - theirs).max() < 2e-5
+    assert np.abs(ours - theirs).max() < 5e-5
 
 
 def test_a_round_trip_changes_no_bit(case, tmp_path):
@@ -84,7 +84,7 @@ def test_bfloat16_folders_are_read_as_the_numbers_they_hold(name, tmp_path):
         ours, params = read(folder)
         family = family_for(ours)
         write_weights(tmp_path, family, ours, params, "BF16", 10**9)
-        assert np.abs(our_logits(ours, params, TOKENS) - their_logits(loaded(folder), TOKENS)).max() < 2e-5
+        assert np.abs(our_logits(ours, params, TOKENS) - their_logits(loaded(folder), TOKENS)).max() < 5e-5
     write_json(
         tmp_path / "config.json", {"model_type": family.type, "architectures": [family.causal], **family.write(ours)}
     )
@@ -101,7 +101,7 @@ def test_a_folder_of_the_inner_model_has_other_names(name, tmp_path):
     assert json.loads((folder / "config.json").read_text())["architectures"][0].endswith("Model")
     with jax.set_mesh(mesh()):
         if name == "gpt2":
-            assert np.abs(our_logits(*read(folder), TOKENS) - their_logits(model, TOKENS)).max() < 2e-5
+            assert np.abs(our_logits(*read(folder), TOKENS) - their_logits(model, TOKENS)).max() < 5e-5
         else:
             with pytest.raises(Exception, match=r"(lm_head|embed_out).weight is not there, expected \[96, 32\]"):
                 read(folder)
