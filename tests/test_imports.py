@@ -27,6 +27,7 @@ PURE = (
 EDGE = (
     ("data", "train.checkpoint", "train.metrics"),
     ("train.loop",),
+    ("interop",),
     ("stages",),
     ("api",),
     ("evaluate", "report"),
