@@ -162,10 +162,8 @@ class Chat:
                 self.turns.pop()
 
     def _answer(self, ids: Sequence[int]) -> str:
-        o, growing = (
-            self.options,
-            _Growing(_write if self.live else lambda text: None, str.lstrip if self.base else self.model.answer),
-        )
+        o, trim = self.options, str.lstrip if self.base else self.model.answer
+        growing = _Growing(_write if self.live else lambda text: None, trim)
         limited = dataclasses.replace(
             o,
             max_tokens=min(o.max_tokens, self.model.config.context - len(ids)),

@@ -289,7 +289,7 @@ class TokenizerConfig(Section):
     """A tokenizer: files of the user's, or a SentencePiece model trained here."""
 
     path: str | None = None
-    """An existing .model, tokenizer.json or vocab.json (with merges.txt), or a Hugging Face folder; unset trains one."""
+    """An existing .model, tokenizer.json, vocab.json (with merges.txt) or Hugging Face folder; unset trains one."""
     model_type: Literal["bpe", "unigram", "char"] = "bpe"
     """What SentencePiece trains."""
     vocab: Count = 8192

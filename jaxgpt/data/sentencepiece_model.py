@@ -11,6 +11,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ class SentencePieceModel:
     """The engine of a tokenizer whose pieces are in a SentencePiece .model file."""
 
     file = "tokenizer.model"
+    trims: Mapping[str, tuple[bool, bool]] = MappingProxyType({})
+    """Control pieces that take the white space before and after them with them: none do."""
 
     def __init__(self, data: bytes, settings: Mapping[str, Any] | None = None, name: str = "tokenizer"):
         """`settings` may name `bos_token`, `eos_token` and `pad_token` and say `add_bos_token`, as Hugging Face's

@@ -106,8 +106,8 @@ def _from_folder(path: Path) -> Engine:
         return TokenizerJson(file.read_bytes(), settings, str(file))
     if lacking:
         raise UserError(
-            f"{path}: the added token {lacking[0]} is no piece of {MODEL}, and there is no {JSON}, which would have it; "
-            f"save the tokenizer once more by transformers, which writes {JSON}"
+            f"{path}: the added token {lacking[0]} is no piece of {MODEL}, and there is no {JSON} to have it; save the "
+            f"tokenizer once more by transformers, which writes {JSON}"
         )
     for name in MERGES:
         if (path / name).is_file():

@@ -45,8 +45,8 @@ class TokenizerJson:
         eos = next((end for end in ends if end in self._ids), None)
         if eos is None:
             raise UserError(
-                f"{name}: nothing says which token ends a text (found eos_token {settings.get('eos_token')!r}); name it "
-                'in a tokenizer_config.json beside it: {"eos_token": "<|endoftext|>"}'
+                f"{name}: nothing says which token ends a text (found eos_token {settings.get('eos_token')!r}); name "
+                'it in a tokenizer_config.json beside it: {"eos_token": "<|endoftext|>"}'
             )
         names = {"eos_token": eos} | {
             key: settings[key] for key in ("bos_token", "pad_token") if settings.get(key) in self._ids
@@ -68,7 +68,12 @@ class TokenizerJson:
         special = {token["content"] for token in spec["added_tokens"] if token["special"]} | {*names.values()}
         self.control = {piece: self._ids[piece] for piece in sorted(special, key=self._ids.get) if piece != unk}
         self.names = names | ({} if self.unk is None else {"unk_token": unk})
-        self._add_bos = self.bos is not None
+        self.trims = {
+            token["content"]: (token["lstrip"], token["rstrip"])
+            for token in spec["added_tokens"]
+            if token["content"] in self.control and (token["lstrip"] or token["rstrip"])
+        }
+        """Control pieces that take the white space before them, after them, or both, with them."""
         self._pieces = library.Tokenizer.from_str(json.dumps(_closed(spec, self.control)))
         self._pieces.encode_special_tokens = True
         self._check(name)
@@ -77,18 +82,15 @@ class TokenizerJson:
         """Raises UserError where the library gives ids other than the file's, or where text becomes a control id."""
         for piece, token in self.control.items():
             if self._pieces.token_to_id(piece) != token:
-                raise UserError(
-                    f"{name}: {piece} is {token} there, and not to the tokenizers library; the file is damaged"
-                )
+                raise UserError(f"{name}: damaged: {piece} is {token} there, and not to the tokenizers library")
             if token in self.encode(piece):
                 raise UserError(f"{name}: the text {piece} cannot be kept apart from the control token of this name")
 
     @property
     def settings(self) -> dict[str, Any]:
         """What makes this engine again, with the data."""
-        return {key: piece for key, piece in self.names.items() if key != "unk_token"} | {
-            "add_bos_token": self._add_bos
-        }
+        named = {key: piece for key, piece in self.names.items() if key != "unk_token"}
+        return {**named, "add_bos_token": self.bos is not None}
 
     @cached_property
     def hash(self) -> str:

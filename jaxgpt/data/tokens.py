@@ -1,7 +1,8 @@
 """Token shards on disk, and the training rows cut from them.
 
 A source's folder holds ``train.bin`` and ``val.bin`` (little-endian token ids, every document as BOS + text + EOS;
-EOS stands in front too where the tokenizer has no BOS), ``train.starts.bin`` and ``val.starts.bin`` (int64: where documents begin) and ``index.json``.
+EOS stands in front too where the tokenizer has no BOS), ``train.starts.bin`` and ``val.starts.bin`` (int64: where
+documents begin) and ``index.json``.
 """
 
 from __future__ import annotations

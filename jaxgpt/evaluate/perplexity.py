@@ -1,7 +1,8 @@
 """Perplexity and bits per byte of any text under a finished model.
 
-The convention: a document is BOS (the end token, for tokenizers without one) and its tokens; every token but BOS is predicted exactly once, given the document
-before it, at least half a context of it where there is that much (windows of a whole context, half a context apart).
+The convention: a document is BOS (the end token, for tokenizers without one) and its tokens; every token but BOS is
+predicted exactly once, given the document before it, at least half a context of it where there is that much (windows of
+a whole context, half a context apart).
 No end token is predicted: the nats are those of the text, and so divide by its UTF-8 bytes, whatever the tokenizer.
 """
 
