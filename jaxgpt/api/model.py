@@ -149,12 +149,8 @@ class Model:
         sampling = _Sampling(max_tokens, temperature, seed, top_k, top_p, stops, every)
         _check_sampling(sampling)
         texts = [prompts] if isinstance(prompts, str) else prompts
-        rows = ragged(
-            [self.encode(p) or [self.tokenizer.start] if isinstance(p, str) else p for p in texts],
-            lengths,
-            self.vocab,
-            "prompt",
-        )
+        given = [self.encode(p) or [self.tokenizer.start] if isinstance(p, str) else p for p in texts]
+        rows = ragged(given, lengths, self.vocab, "prompt")
         longest = max(map(len, rows), default=0)
         if longest + max_tokens > self.config.context:
             at = next(i for i, row in enumerate(rows) if len(row) == longest)

@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
@@ -105,7 +105,7 @@ def render(
         )
     ids: list[int] = []
     mask: list[int] = []
-    runs = _runs(tokenizer, messages, add_generation_prompt)
+    runs = _trimmed(_runs(tokenizer, messages, add_generation_prompt), tokenizer.engine.trims)
     for control, stretch in itertools.groupby(runs, key=lambda run: run.control):
         parts = list(stretch)
         if control:
@@ -175,6 +175,20 @@ def _runs(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prom
             plain = piece if number % 2 else piece.replace(guard, "")
             if plain:
                 yield _Run(bool(number % 2), trained, plain)
+
+
+def _trimmed(runs: Iterable[_Run], trims: Mapping[str, tuple[bool, bool]]) -> list[_Run]:
+    """The runs without the white space that control pieces take with them, by (before, after); no run empty."""
+    kept = list(runs)
+    for side, order, strip in ((0, -1, str.rstrip), (1, 1, str.lstrip)) if trims else ():
+        taking = False
+        for at in range(len(kept))[::order]:
+            if kept[at].control:
+                taking = trims.get(kept[at].text, (False, False))[side]
+            elif taking:
+                kept[at] = kept[at]._replace(text=strip(kept[at].text))
+                taking = not kept[at].text
+    return [run for run in kept if run.text]
 
 
 def _overlapping(starts: Sequence[int], runs: Sequence[_Run]) -> list[int]:

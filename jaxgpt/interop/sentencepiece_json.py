@@ -15,6 +15,7 @@ from typing import Any
 from jaxgpt.data.sentencepiece_model import SPACE, SentencePieceModel
 from jaxgpt.errors import UserError
 
+_NOT = "the SentencePiece model cannot be exported to Hugging Face"
 _PREFIX, _TRIM, _CHARSMAP, _ESCAPE, _SUFFIX = 3, 4, 2, 5, 24
 """Fields of NormalizerSpec: add_dummy_prefix, remove_extra_whitespaces, precompiled_charsmap, escape_whitespaces; of
 TrainerSpec: treat_whitespace_as_suffix."""
@@ -88,8 +89,7 @@ def _check(model: SentencePieceModel, kinds: list[str]) -> None:
     for problem, found in problems.items():
         if found:
             raise UserError(
-                f"the SentencePiece model cannot be exported to Hugging Face: {problem}, and transformers would "
-                "tokenize otherwise than the model was trained with"
+                f"{_NOT}: {problem}, and transformers would tokenize otherwise than the model was trained with"
             )
 
 
@@ -116,10 +116,7 @@ def _merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
     """Every pair of pieces that makes a piece, in the order in which they are merged."""
     lacking = next((piece for piece in scores if any(char not in scores for char in piece)), None)
     if lacking is not None:
-        raise UserError(
-            f"the SentencePiece model cannot be exported to Hugging Face: the piece {lacking!r} has characters that are "
-            "no pieces themselves"
-        )
+        raise UserError(f"{_NOT}: the piece {lacking!r} has characters that are no pieces themselves")
     taken: dict[float, str] = {}
     for piece in sorted(scores, key=lambda piece: -scores[piece]):
         cuts = [at for at in range(1, len(piece)) if piece[:at] in scores and piece[at:] in scores]
@@ -127,8 +124,8 @@ def _merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
             continue
         if scores[piece] in taken:
             raise UserError(
-                "the SentencePiece model cannot be exported to Hugging Face: the pieces "
-                f"{taken[scores[piece]]!r} and {piece!r} have the same score, so that none of them comes first"
+                f"{_NOT}: the pieces {taken[scores[piece]]!r} and {piece!r} have the same score, so that none of them "
+                "comes first"
             )
         taken[scores[piece]] = piece
         for at in _ordered(piece, cuts, scores):
@@ -144,15 +141,14 @@ def _ordered(piece: str, cuts: list[int], scores: Mapping[str, float]) -> list[i
     size, after = len(piece), {at: set() for at in cuts}
     for shared in range(1, size):
         left, right = size - shared, shared
-        if left != right and left in after and right in after and piece.startswith(piece[left:]):
-            if _arises([piece[:left], piece[left:], piece[right:]], scores):
-                after[right].add(left)
+        compete = left != right and left in after and right in after and piece.startswith(piece[left:])
+        if compete and _arises([piece[:left], piece[left:], piece[right:]], scores):
+            after[right].add(left)
     try:
         return list(TopologicalSorter(after).static_order())
     except CycleError as error:
         raise UserError(
-            f"the SentencePiece model cannot be exported to Hugging Face: the piece {piece!r} is merged in several ways "
-            "that no order of merges can tell"
+            f"{_NOT}: the piece {piece!r} is merged in several ways that no order of merges can tell"
         ) from error
 
 

@@ -7,16 +7,29 @@ from typing import Any
 
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.tokenizer_folder import Engine
+from jaxgpt.errors import UserError
 from jaxgpt.interop.sentencepiece_json import added_tokens, to_json
 
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Where Qwen2's tokenizers split a text."""
 
-def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
+
+def tokenizer_files(tokenizer: Tokenizer, context: int, model_type: str | None = None) -> dict[str, bytes]:
     """Files by name, for a model of `context` tokens. `Tokenizer.load` of the folder gives an equal hash.
 
-    transformers' AutoTokenizer reads tokenizer.json as it is, whatever the model; llama.cpp reads tokenizer.model where
-    there is one. Raises UserError for a tokenizer that transformers could not follow exactly.
+    transformers' AutoTokenizer reads tokenizer.json as it is, and llama.cpp reads tokenizer.model where there is one.
+    `model_type` is that of the folder's config.json: for qwen2, transformers 5 takes Qwen2's own way to split texts
+    whatever the files say. Raises UserError for a tokenizer that transformers would not follow exactly.
     """
     engine = tokenizer.engine
+    if model_type == "qwen2" and not _splits_as_qwen2(engine):
+        raise UserError(
+            "transformers tokenizes for every model of type qwen2 as Qwen2 does, and this tokenizer is another; export "
+            "the model as another type, or train it with Qwen2's tokenizer"
+        )
     files = {engine.file: engine.data}
     if isinstance(engine, SentencePieceModel):
         files["tokenizer.json"] = _json(to_json(engine))
@@ -38,6 +51,15 @@ def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, bytes]:
     files["special_tokens_map.json"] = _json(engine.names, indent=2)
     files["chat_template.jinja"] = tokenizer.template.encode()
     return files
+
+
+def _splits_as_qwen2(engine: Engine) -> bool:
+    if isinstance(engine, SentencePieceModel):
+        return False
+    spec = json.loads(engine.data)
+    normalizer, splitter = spec.get("normalizer") or {}, spec.get("pre_tokenizer") or {}
+    first = next(iter(splitter.get("pretokenizers", ())), {})
+    return normalizer.get("type") == "NFC" and first.get("pattern") == {"Regex": QWEN2}
 
 
 def _flags(token: dict[str, Any]) -> dict[str, Any]:
