@@ -26,7 +26,9 @@ from jaxgpt.config.schema import Config, StageConfig
 from jaxgpt.data.meadow import is_current as is_current_world
 from jaxgpt.data.meadow import write_world
 from jaxgpt.data.records import file_hash, read_fields, read_texts
+from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
+from jaxgpt.data.tokenizer_folder import tokenizer_files
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.suite import Suite, check_evaluate
@@ -167,10 +169,10 @@ class Pipeline:
         given = None if c.path is None else Path(self.paths(c.path)[0])
         template = None if c.template is None else self.paths(c.template)[0]
         if given is not None:
-            inputs = {"path": file_hash([given / "tokenizer.model" if given.is_dir() else given])}
+            inputs = {"path": file_hash(tokenizer_files(given))}
         else:
             inputs = {"settings": c.model_dump(mode="json"), "text": file_hash(self._learned_from())}
-        inputs["template"] = None if template is None else file_hash([template])
+        inputs["template"] = template if template in (None, *BUILT_IN) else file_hash([template])
         if _same_inputs(home, inputs):
             return Tokenizer.load(home)
         with self._part("tokenizer"):

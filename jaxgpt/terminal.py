@@ -163,7 +163,8 @@ class Chat:
                 self.turns.pop()
 
     def _answer(self, ids: Sequence[int]) -> str:
-        o, growing = self.options, _Growing(_write if self.live else lambda text: None, trim=self.base)
+        o, trim = self.options, str.lstrip if self.base else self.model.answer
+        growing = _Growing(_write if self.live else lambda text: None, trim)
         limited = dataclasses.replace(
             o,
             max_tokens=min(o.max_tokens, self.model.config.context - len(ids)),
@@ -177,7 +178,7 @@ class Chat:
             if not self.live:
                 raise
             text = growing.shown
-        text = text.strip() if self.base else text
+        text = text.strip() if self.base else self.model.answer(text)
         print("" if self.live else " ".join(text.splitlines()), flush=True)
         return text
 
@@ -208,12 +209,12 @@ class Chat:
 class _Growing:
     """Shows a growing text: at each look only what is new of it."""
 
-    def __init__(self, write: Callable[[str], None], trim: bool = False):
+    def __init__(self, write: Callable[[str], None], trim: Callable[[str], str] = str):
         self._write, self._trim, self.shown = write, trim, ""
 
     def show(self, text: str) -> None:
         """Shows what `text` has beyond what was shown."""
-        text = text.lstrip() if self._trim else text
+        text = self._trim(text)
         new, self.shown = text[len(self.shown) :], text  # Ctrl-C may come while it is written
         self._write(new)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxgpt.config.schema import ModelConfig
-from jaxgpt.data.chat import render
+from jaxgpt.data.chat import answer_lead, render
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import token_logp
@@ -83,8 +83,8 @@ class Model:
         self._advance = jax.jit(self._decode, donate_argnums=1)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as a document begins: BOS and the text. Control pieces in it are plain text."""
-        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        """Token ids of a text: BOS, for tokenizers that have one, and the text. Control pieces in it are plain text."""
+        return [*self.tokenizer.prefix, *self.tokenizer.encode(text)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids; control tokens give nothing."""
@@ -149,7 +149,8 @@ class Model:
         sampling = _Sampling(max_tokens, temperature, seed, top_k, top_p, stops, every)
         _check_sampling(sampling)
         texts = [prompts] if isinstance(prompts, str) else prompts
-        rows = ragged([self.encode(p) if isinstance(p, str) else p for p in texts], lengths, self.vocab, "prompt")
+        given = [self.encode(p) or [self.tokenizer.start] if isinstance(p, str) else p for p in texts]
+        rows = ragged(given, lengths, self.vocab, "prompt")
         longest = max(map(len, rows), default=0)
         if longest + max_tokens > self.config.context:
             at = next(i for i, row in enumerate(rows) if len(row) == longest)
@@ -172,7 +173,12 @@ class Model:
         """The assistant's next message in one conversation, or in each of several; always a list of texts."""
         prompts = [self.chat_tokens(conversation) for conversation in _conversations(messages)]
         answers = self.generate(prompts, max_tokens, temperature, seed, top_k, top_p, stop)
-        return [answer.text for answer in answers]
+        return [self.answer(answer.text) for answer in answers]
+
+    def answer(self, text: str) -> str:
+        """The assistant's words in a response to `chat_tokens`: without the space that some templates begin them with,
+        where the tokenizer gives it."""
+        return text.removeprefix(answer_lead(self.tokenizer))
 
     def chat_tokens(self, messages: Messages) -> list[int]:
         """Token ids of a conversation up to where the assistant is to speak."""

@@ -286,10 +286,10 @@ class DataConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """A SentencePiece model: a file of the user's, or trained here."""
+    """A tokenizer: files of the user's, or a SentencePiece model trained here."""
 
     path: str | None = None
-    """An existing .model file; unset trains one."""
+    """An existing .model, tokenizer.json, vocab.json (with merges.txt) or Hugging Face folder; unset trains one."""
     model_type: Literal["bpe", "unigram", "char"] = "bpe"
     """What SentencePiece trains."""
     vocab: Count = 8192
@@ -305,7 +305,7 @@ class TokenizerConfig(Section):
     sample_bytes: Count = 50_000_000
     """Text used for learning, at most, in bytes."""
     template: str | None = None
-    """A Jinja chat template file; unset uses the built-in one."""
+    """A Jinja chat template file, or `roles` or `vicuna`; unset takes the folder's own, else the one that suits."""
 
 
 class PrepareConfig(Section):
@@ -405,10 +405,10 @@ class PretrainConfig(SupervisedConfig):
 
 
 class Conversations(Section):
-    """Prompt/response files: {"messages"}, {"prompt", "completion"}, or keys of the user's own."""
+    """Prompt/response files: {"messages"}, {"conversations"} (ShareGPT), {"prompt", "completion"}, or other keys."""
 
     path: str | tuple[str, ...]
-    """JSONL files or glob patterns."""
+    """JSONL files, .json files of one array, or glob patterns."""
     eval_path: str | tuple[str, ...] | None = None
     """Held-out files for the validation loss."""
     prompt_field: str = "prompt"

@@ -10,42 +10,23 @@ import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
+import numpy as np
 from jinja2 import nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.errors import UserError
 
 if TYPE_CHECKING:
     from jaxgpt.data.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-
-ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
-
-BUILT_IN = """\
-{{ bos_token }}
-{%- for message in messages %}
-{%- if message.role == 'assistant' %}
-{{- '<|assistant|>' }}
-{%- generation %}
-{{- message.content + eos_token }}
-{%- endgeneration %}
-{%- elif message.role == 'system' or message.role == 'user' %}
-{{- '<|' + message.role + '|>' + message.content }}
-{%- else %}
-{{- raise_exception('role is ' + message.role|tojson + ', expected system, user or assistant') }}
-{%- endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}
-{{- '<|assistant|>' }}
-{%- endif %}
-"""
 
 
 class _Generation(Extension):
@@ -96,62 +77,126 @@ def check_template(template: str, name: str) -> None:
     _compiled(template, name)
 
 
+def valid_text(text: str) -> str:
+    """The text with the halves of surrogate pairs, which are no characters, made whole or U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def render(
     tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False
 ) -> tuple[list[int], list[int]]:
     """Token ids and loss mask of a conversation: 1 on what the assistant says and the token that ends it, else 0.
 
-    There is exactly one BOS, in front. Control pieces come from the template alone: the same characters in a message
-    are plain text. With `add_generation_prompt` the ids end where the assistant is to speak. Raises UserError where
-    the template refuses the messages.
+    Text between two control pieces is tokenized in one go, as transformers does, and a token is trained where any of
+    its characters is. There is exactly one BOS, in front, where the tokenizer has one. Control pieces come from the
+    template alone: the same characters in a message are plain text. With `add_generation_prompt` the ids end where the
+    assistant is to speak. Raises UserError where the template refuses the messages.
     """
     speaks = any(message.get("role") == "assistant" for message in messages)
     if speaks and not add_generation_prompt and not _marks(tokenizer.template):
         raise UserError(
             f"chat template {tokenizer.template_name}: has no {{% generation %}} ... {{% endgeneration %}} block, so "
-            "nothing tells which tokens are trained; put one around the assistant's content and end token"
+            "nothing tells which tokens are trained; put one around the assistant's content and end token, or set "
+            f"tokenizer.template to {' or '.join(BUILT_IN)}"
         )
-    guard, opened, closed = _unused(messages)
-    controls = re.compile("|".join(re.escape(piece) for piece in sorted(tokenizer.control, key=len, reverse=True)))
-    names = {i: piece for piece, i in tokenizer.control.items()}
-    try:
-        text = _compiled(tokenizer.template, tokenizer.template_name).render(
-            messages=_guarded(messages, guard, controls, tuple(tokenizer.control)),
-            bos_token=names[tokenizer.bos],
-            eos_token=names[tokenizer.eos],
-            add_generation_prompt=add_generation_prompt,
-            generation_marks=(opened, closed),
-        )
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
-        raise UserError(f"chat template {tokenizer.template_name}: {error or type(error).__name__}") from error
     ids: list[int] = []
     mask: list[int] = []
-    for (control, trained), run in itertools.groupby(_runs(text, controls, opened, closed), key=lambda part: part[:2]):
-        pieces = [part[2] for part in run]
-        new = (
-            [tokenizer.control[p] for p in pieces] if control else tokenizer.encode("".join(pieces).replace(guard, ""))
-        )
+    runs = _trimmed(_runs(tokenizer, messages, add_generation_prompt), tokenizer.engine.trims)
+    for control, stretch in itertools.groupby(runs, key=lambda run: run.control):
+        parts = list(stretch)
+        if control:
+            ids += [tokenizer.control[run.text] for run in parts]
+            mask += [run.trained for run in parts]
+            continue
+        text = "".join(run.text for run in parts)
+        if len({run.trained for run in parts}) == 1:
+            new = tokenizer.encode(text)
+            mask += [parts[0].trained] * len(new)
+        else:
+            new, starts = tokenizer.encode_spans(text)
+            mask += _overlapping(starts, parts)
         ids += new
-        mask += [trained] * len(new)
+    if tokenizer.bos is None:
+        return ids, mask
     start = next((at for at, token in enumerate(ids) if token != tokenizer.bos), len(ids))
     return [tokenizer.bos, *ids[start:]], [0, *mask[start:]]
 
 
-def _runs(text: str, controls: re.Pattern[str], opened: str, closed: str) -> Iterator[tuple[bool, int, str]]:
-    """The rendered text as (is control, is trained, characters), in order."""
+def render_text(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    """The conversation as the template writes it, control pieces by name."""
+    return "".join(run.text for run in _runs(tokenizer, messages, add_generation_prompt))
+
+
+def answer_lead(tokenizer: Tokenizer) -> str:
+    """What the template writes between where the assistant is to speak and its words: a space, or mostly nothing."""
+    ask = [{"role": "user", "content": "Q"}]
+    try:
+        prompt = render_text(tokenizer, ask, add_generation_prompt=True)
+        whole = render_text(tokenizer, [*ask, {"role": "assistant", "content": "A"}])
+    except UserError:  # a template for conversations of another kind
+        return ""
+    lead, found, _ = whole[len(prompt) :].partition("A")
+    return lead if whole.startswith(prompt) and found and not lead.strip(" ") else ""
+
+
+class _Run(NamedTuple):
+    """Characters of a rendered conversation: one control piece, or plain text."""
+
+    control: bool
+    trained: int
+    text: str
+
+
+def _runs(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> Iterator[_Run]:
+    """The rendered conversation in order, no run empty."""
+    guard, opened, closed = _unused(messages)
+    controls = re.compile("|".join(re.escape(piece) for piece in sorted(tokenizer.control, key=len, reverse=True)))
+    try:
+        text = _compiled(tokenizer.template, tokenizer.template_name).render(
+            messages=_guarded(messages, guard, controls, tuple(tokenizer.control)),
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            generation_marks=(opened, closed),
+            **tokenizer.engine.names,
+        )
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        raise UserError(f"chat template {tokenizer.template_name}: {error or type(error).__name__}") from error
     trained = 0
     for part in re.split(f"({opened}|{closed})", text):
         if part in (opened, closed):
             trained = int(part == opened)
             continue
-        at = 0
-        for match in controls.finditer(part):
-            if match.start() > at:
-                yield False, trained, part[at : match.start()]
-            yield True, trained, match[0]
-            at = match.end()
-        if at < len(part):
-            yield False, trained, part[at:]
+        for number, piece in enumerate(re.split(f"({controls.pattern})", part)):
+            plain = piece if number % 2 else piece.replace(guard, "")
+            if plain:
+                yield _Run(bool(number % 2), trained, plain)
+
+
+def _trimmed(runs: Iterable[_Run], trims: Mapping[str, tuple[bool, bool]]) -> list[_Run]:
+    """The runs without the white space that control pieces take with them, by (before, after); no run empty."""
+    kept = list(runs)
+    for side, order, strip in ((0, -1, str.rstrip), (1, 1, str.lstrip)) if trims else ():
+        taking = False
+        for at in range(len(kept))[::order]:
+            if kept[at].control:
+                taking = trims.get(kept[at].text, (False, False))[side]
+            elif taking:
+                kept[at] = kept[at]._replace(text=strip(kept[at].text))
+                taking = not kept[at].text
+    return [run for run in kept if run.text]
+
+
+def _overlapping(starts: Sequence[int], runs: Sequence[_Run]) -> list[int]:
+    """1 for every token that has a trained character; `starts` are those of the runs' text."""
+    trained = np.repeat([run.trained for run in runs], [len(run.text) for run in runs])
+    before = np.concatenate([[0], np.cumsum(trained)])
+    ends = np.append(starts, len(trained))[np.searchsorted(starts, starts, side="right")]
+    return (before[ends] > before[starts]).astype(int).tolist()
 
 
 def _guarded(value: Any, guard: str, controls: re.Pattern[str], pieces: tuple[str, ...]) -> Any:
@@ -160,7 +205,7 @@ def _guarded(value: Any, guard: str, controls: re.Pattern[str], pieces: tuple[st
     The template sees the rest of each text as it is, so that filters such as trim do what they do elsewhere.
     """
     if isinstance(value, str):
-        text = controls.sub(lambda match: match[0][0] + guard + match[0][1:], value)
+        text = controls.sub(lambda match: match[0][0] + guard + match[0][1:], valid_text(value))
         begins, ends = _partial(pieces)
         return (guard if text.startswith(ends) else "") + text + (guard if text.endswith(begins) else "")
     if isinstance(value, Mapping):

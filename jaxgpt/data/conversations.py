@@ -16,6 +16,17 @@ from jaxgpt.errors import UserError, nearest
 
 BLOCK = 4096
 """Conversations that are packed together; a row never mixes two blocks."""
+SPEAKERS = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "bing": "assistant",
+    "system": "system",
+}
+"""Roles of those who speak in ShareGPT conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +46,10 @@ def load_conversations(
     completion_field: str = "completion",
     setting: str = "sft.context",
 ) -> list[Example]:
-    """Reads conversations: records with "messages", or with a prompt and a completion under the given keys.
+    """Reads conversations: records with "messages", with ShareGPT's "conversations", or with a prompt and a completion
+    under the given keys.
 
+    What the assistant says before the first human turn of a ShareGPT conversation is left out, as FastChat does.
     One that takes more than `context` + 1 tokens (the last is only ever a target) loses its end. Raises UserError with
     file and line where nothing would be trained: no assistant turn, or none within the context (`setting` names it).
     """
@@ -168,14 +181,41 @@ def render_record(
 def _conversation(record: Record, prompt_field: str, completion_field: str) -> list[Message]:
     if "messages" in record.value:
         return messages_under(record, "messages")
+    if "conversations" in record.value:
+        return _sharegpt(record)
     for key in (prompt_field, completion_field):
         if key not in record.value:
             found = ", ".join(f'"{name}"' for name in record.value) or "no keys"
             raise UserError(
-                f'{record.where}: needs "messages", or "{prompt_field}" and "{completion_field}"; the record has '
-                f"{found}; other keys are named by prompt_field and completion_field.{nearest(key, record.value)}"
+                f'{record.where}: needs "messages", "conversations", or "{prompt_field}" and "{completion_field}"; it '
+                f"has {found}; other keys are named by prompt_field and completion_field.{nearest(key, record.value)}"
             )
     return [*messages_under(record, prompt_field), *messages_under(record, completion_field, "assistant")]
+
+
+def _sharegpt(record: Record) -> list[Message]:
+    """The messages under "conversations": {"from", "value"}, from the first human turn on, the system's before it."""
+    turns, where = record.value["conversations"], f'{record.where}: "conversations"'
+    if not isinstance(turns, list):
+        raise UserError(f'{where} is {turns!r:.40}, expected a list of {{"from", "value"}}')
+    messages: list[Message] = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise UserError(f'{where}[{number}] is {turn!r:.40}, expected an object {{"from", "value"}}')
+        for key in ("from", "value"):
+            if not isinstance(turn.get(key), str):
+                near = nearest(key, turn) if key not in turn else ""
+                raise UserError(f'{where}[{number}]: "{key}" is {turn.get(key)!r:.40}, expected a string.{near}')
+        speaker = turn["from"]
+        if speaker not in SPEAKERS:
+            known = ", ".join(SPEAKERS)
+            near = nearest(speaker, SPEAKERS)
+            raise UserError(f'{where}[{number}]: "from" is {speaker!r:.40}, expected one of {known}.{near}')
+        messages.append({"role": SPEAKERS[speaker], "content": turn["value"]})
+    first = next((at for at, message in enumerate(messages) if message["role"] == "user"), None)
+    if first is None:
+        raise UserError(f"{where} has no turn of a human, so there is nothing to answer; drop the record")
+    return [message for message in messages[:first] if message["role"] == "system"] + messages[first:]
 
 
 def _named(paths: Paths) -> str:

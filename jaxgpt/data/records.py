@@ -1,4 +1,4 @@
-"""Reading the user's files: text, and JSON Lines whose records know the file and line they came from."""
+"""Reading the user's files: text, and JSON whose records know the file and the line, or place, they came from."""
 
 from __future__ import annotations
 
@@ -18,20 +18,23 @@ from jaxgpt.errors import UserError, nearest
 
 Paths = str | Path | Sequence[str | Path]
 _PACKED = (".gz", ".zst", ".xz", ".bz2")
+_BLANK = b" \t\r\n\xef\xbb\xbf"  # JSON's white space, and the mark of UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One JSON object of a JSON Lines file."""
+    """One JSON object of a JSON Lines file, or of an array that is a whole file."""
 
     path: str
-    line: int
+    line: int | None
     value: dict[str, Any]
+    item: int | None = None
+    """Its place in the array, from 0."""
 
     @property
     def where(self) -> str:
-        """ "file:line", to begin an error with."""
-        return f"{self.path}:{self.line}"
+        """ "file:line", or "file[item]" in an array, to begin an error with."""
+        return f"{self.path}:{self.line}" if self.item is None else f"{self.path}[{self.item}]"
 
     def text(self, key: str) -> str:
         """The string under `key`; raises UserError where there is none."""
@@ -63,8 +66,14 @@ def expand(paths: Paths) -> list[Path]:
 
 
 def read_jsonl(paths: Paths) -> Iterator[Record]:
-    """Reads the objects of JSON Lines files (.jsonl, also .gz, .zst, .xz, .bz2); blank lines are passed over."""
+    """Reads the objects of JSON Lines files (.jsonl, also .gz, .zst, .xz, .bz2); blank lines are passed over.
+
+    A .json file may be one array of objects instead, which is held in memory.
+    """
     for path in expand(paths):
+        if _is_array(path):
+            yield from _items(path)
+            continue
         line = 0
         try:
             with _open(path) as file:
@@ -134,10 +143,15 @@ def _open(path: Path) -> IO[bytes]:
 
 def _is_plain(path: Path) -> bool:
     """Whether the file is one document (.txt) rather than JSON Lines."""
-    kind = path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
+    kind = _kind_of(path)
     if kind not in (".txt", ".jsonl", ".json"):
         raise UserError(f"{path}: text comes from .txt or .jsonl files (also .gz, .zst, .xz, .bz2)")
     return kind == ".txt"
+
+
+def _kind_of(path: Path) -> str:
+    """The file's suffix, that of a packed file within."""
+    return path.with_suffix("").suffix if path.suffix in _PACKED else path.suffix
 
 
 def _whole(path: Path) -> str:
@@ -148,6 +162,33 @@ def _whole(path: Path) -> str:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; convert it with iconv or the like") from error
     except (EOFError, OSError, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
+
+
+def _is_array(path: Path) -> bool:
+    """Whether the file is a .json whose first character opens an array."""
+    if _kind_of(path) != ".json":
+        return False
+    try:
+        with _open(path) as file:
+            start = b" "
+            while start and not start.strip(_BLANK):
+                start = file.read(64)
+    except (EOFError, OSError, lzma.LZMAError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    return start.lstrip(_BLANK).startswith(b"[")
+
+
+def _items(path: Path) -> Iterator[Record]:
+    try:
+        items = json.loads(_whole(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno}") from error
+    except RecursionError as error:
+        raise UserError(f"{path}: JSON nested too deeply") from error
+    for number, item in enumerate(items):
+        if not isinstance(item, dict):
+            raise UserError(f"{path}[{number}]: {_kind(item)}, expected an object such as {{...}}")
+        yield Record(str(path), None, item, number)
 
 
 def _object(raw: bytes, where: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Token shards on disk, and the training rows cut from them.
 
-A source's folder holds ``train.bin`` and ``val.bin`` (little-endian token ids, every document as BOS + text + EOS),
-``train.starts.bin`` and ``val.starts.bin`` (int64: where documents begin) and ``index.json``.
+A source's folder holds ``train.bin`` and ``val.bin`` (little-endian token ids, every document as BOS + text + EOS;
+EOS stands in front too where the tokenizer has no BOS), ``train.starts.bin`` and ``val.starts.bin`` (int64: where
+documents begin) and ``index.json``.
 """
 
 from __future__ import annotations
@@ -197,8 +198,8 @@ def _write_stream(texts: Iterable[str], tokenizer: Tokenizer, dtype: np.dtype, f
         for block, ids in zip(batch, tokenizer.encode([block.text for block in batch]), strict=True):
             if block.first:
                 documents.starts.append(written)
-            tokens = np.array([tokenizer.bos] * block.first + ids + [tokenizer.eos] * block.last, dtype)
-            documents.unknown += int((tokens == tokenizer.unk).sum())
+            tokens = np.array([tokenizer.start] * block.first + ids + [tokenizer.eos] * block.last, dtype)
+            documents.unknown += 0 if tokenizer.unk is None else int((tokens == tokenizer.unk).sum())
             written += len(tokens)
             file.write(tokens.tobytes())
     return documents

@@ -37,7 +37,7 @@ class Harness(TemplateLM):
     """A model of ours as lm-eval's evaluator takes it."""
 
     def __init__(self, model: Model, batch: int = 8, bos: bool = True):
-        """`bos` puts BOS in front of every context; GPT-2's harness numbers are without."""
+        """`bos` puts BOS in front of every context, for tokenizers that have one (GPT-2's has none)."""
         super().__init__()
         self.model, self.batch, self.bos = model, batch, bos
         self._scorer = Scorer(model, batch)
@@ -54,8 +54,8 @@ class Harness(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What stands before a text without a context."""
-        return self.model.tokenizer.bos
+        """What stands before a text without a context: BOS, or the end token for tokenizers without one."""
+        return self.model.tokenizer.start
 
     @property
     def max_length(self) -> int:
@@ -93,8 +93,9 @@ class Harness(TemplateLM):
         ids: list[int] = []
         for part in parts:
             ids += [self._control[part]] if part in self._control else self.model.tokenizer.encode(part) if part else []
-        bos = self.bos if add_special_tokens is None else add_special_tokens
-        return [self.prefix_token_id, *ids] if bos and ids[:1] != [self.prefix_token_id] else ids
+        wanted = self.bos if add_special_tokens is None else add_special_tokens
+        prefix = self.model.tokenizer.prefix if wanted else []
+        return ids if ids[: len(prefix)] == prefix else [*prefix, *ids]
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

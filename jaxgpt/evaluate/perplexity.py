@@ -1,7 +1,8 @@
 """Perplexity and bits per byte of any text under a finished model.
 
-The convention: a document is BOS and its tokens; every token but BOS is predicted exactly once, given the document
-before it, at least half a context of it where there is that much (windows of a whole context, half a context apart).
+The convention: a document is BOS (the end token, for tokenizers without one) and its tokens; every token but BOS is
+predicted exactly once, given the document before it, at least half a context of it where there is that much (windows of
+a whole context, half a context apart).
 No end token is predicted: the nats are those of the text, and so divide by its UTF-8 bytes, whatever the tokenizer.
 """
 
@@ -95,7 +96,7 @@ def score_texts(model: Model, texts: Iterable[str], batch: int) -> TextScore:
 def _rows(model: Model, texts: Iterable[str]) -> Iterator[tuple[Continuation, TextScore]]:
     """Every window, and what it adds beside its nats."""
     for text in texts:
-        tokens = model.encode(text)
+        tokens = [model.tokenizer.start, *model.tokenizer.encode(text)]
         for number, (first, scored, end) in enumerate(windows(len(tokens), model.config.context)):
             predicted = tokens[scored:end]
             facts = TextScore(tokens=len(predicted), unknown=predicted.count(model.tokenizer.unk))

@@ -1,11 +1,17 @@
 """Conversations are rendered by one template: one BOS, trained tokens exactly what the assistant says and its end."""
 
+import functools
+import io
+
 import pytest
+import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxgpt.config.schema import TokenizerConfig
-from jaxgpt.data.chat import BUILT_IN, render
+from jaxgpt.data.chat import answer_lead, render, render_text
+from jaxgpt.data.sentencepiece_model import SentencePieceModel
+from jaxgpt.data.templates import BUILT_IN, read_template
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.errors import UserError
 
@@ -23,7 +29,7 @@ def trained(tokenizer, ids, mask):
 
 
 def templated(template):
-    return Tokenizer(TOKENIZER.model, template, template_name="mine.jinja")
+    return Tokenizer(TOKENIZER.engine, template, template_name="mine.jinja")
 
 
 def test_rendering_reads_as_the_template_says():
@@ -91,10 +97,10 @@ def test_a_template_of_the_users_gets_the_texts_themselves():
     ids, mask = render(tokenizer, say(" aside</think> what </s>? ", " it is "))
     assert tokenizer.decode_visible(ids) == "<s>USER: what </s>?\nA: it is</s>\n"
     assert ids.count(tokenizer.eos) == 1
-    assert trained(tokenizer, ids, mask) == "it is</s>"
+    assert trained(tokenizer, ids, mask) == " it is</s>"  # the token " it" begins in front of the assistant's words
 
 
-def test_plain_text_is_encoded_in_runs_as_long_as_the_mask_allows():
+def test_plain_text_between_control_pieces_is_encoded_in_one_go():
     tokenizer = templated("{% for m in messages %}{{ '[' }}{{ m.content }}{{ ' cat' }}{% endfor %}")
     ids, _ = render(tokenizer, [{"role": "user", "content": "the"}])
     assert ids == [tokenizer.bos, *tokenizer.encode("[the cat")]
@@ -107,27 +113,67 @@ def test_there_is_one_bos_whatever_the_template_writes():
         assert len(mask) == len(ids)
 
 
-def test_a_model_without_roles_spells_them():
-    import io
-
-    import sentencepiece
-
+@functools.cache
+def foreign(**options):
+    """A model without roles, by the settings of LLaMA's: a space in front of every text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["user and assistant"] * 9),
+        sentence_iterator=iter(["what is the cat? it is black. user and assistant."] * 9),
         model_writer=model,
-        vocab_size=300,
+        vocab_size=330,
         model_type="bpe",
         byte_fallback=True,
         hard_vocab_limit=False,
-        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
         normalization_rule_name="identity",
         minloglevel=3,
+        **options,
     )
-    tokenizer = Tokenizer(model.getvalue())
+    return SentencePieceModel(model.getvalue())
+
+
+def test_a_model_without_roles_spells_them():
+    tokenizer = Tokenizer(foreign(add_dummy_prefix=False), *read_template("roles"))
     ids, mask = render(tokenizer, say("user", "and"))
     assert tokenizer.decode(ids) == "<|user|>user<|assistant|>and"
     assert trained(tokenizer, ids, mask) == "and</s>"
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+@pytest.mark.parametrize("dummy", [False, True])
+def test_vicuna_reads_as_in_fastchat_and_is_the_template_of_models_without_roles(dummy):
+    tokenizer = Tokenizer(foreign(add_dummy_prefix=dummy))
+    assert tokenizer.template_name == "vicuna"
+    text = render_text(tokenizer, say("what?", "it is", "and?", "black"))
+    assert text == f"<s>{VICUNA}USER: what? ASSISTANT: it is</s>USER: and? ASSISTANT: black</s>"
+    ids, mask = render(tokenizer, say("what?", "it is", "and?", "black"))
+    assert trained(tokenizer, ids, mask) == ("it is</s>black</s>" if dummy else " it is</s> black</s>")
+    assert ids[1 : ids.index(tokenizer.eos)] == tokenizer.encode(f"{VICUNA}USER: what? ASSISTANT: it is")
+    asked = render_text(tokenizer, say("what?", system="be short"), add_generation_prompt=True)
+    assert asked == "<s>be short USER: what? ASSISTANT:"
+    prompt, _ = render(tokenizer, say("what?"), add_generation_prompt=True)
+    assert ids[: len(prompt)] == prompt
+    with pytest.raises(UserError, match=r'chat template vicuna: role is "system", expected user or assistant'):
+        render(tokenizer, [*say("what?"), {"role": "system", "content": "be short"}])
+
+
+def test_an_answer_is_led_by_what_the_template_writes_before_it():
+    assert answer_lead(Tokenizer(foreign(add_dummy_prefix=True))) == " "
+    assert answer_lead(TOKENIZER) == ""
+    assert answer_lead(templated("{{ raise_exception('no') }}")) == ""
+
+
+def test_a_tokenizer_without_bos_puts_nothing_in_front():
+    plain = SentencePieceModel(foreign(add_dummy_prefix=False).data, {"add_bos_token": False})
+    tokenizer = Tokenizer(plain, "{{ messages[0].content }}")
+    assert (tokenizer.bos, tokenizer.prefix, tokenizer.start) == (None, [], tokenizer.eos)
+    ids, mask = render(tokenizer, [{"role": "user", "content": "the cat"}])
+    assert ids == tokenizer.encode("the cat") and mask == [0] * len(ids)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +196,7 @@ def test_syntax_errors_name_template_and_line():
 
 
 def test_an_unknown_role_is_refused():
-    with pytest.raises(UserError, match='chat template built-in: role is "bot", expected system, user or assistant'):
+    with pytest.raises(UserError, match='chat template roles: role is "bot", expected system, user or assistant'):
         render(TOKENIZER, [{"role": "bot", "content": "x"}])
 
 
@@ -159,4 +205,4 @@ def test_a_template_without_generation_blocks_trains_nothing_and_says_so():
     with pytest.raises(UserError, match=r"mine\.jinja: has no \{% generation %\}"):
         render(plain, say("a", "b"))
     assert sum(render(plain, say("a", "b", "c"), add_generation_prompt=True)[1]) == 0
-    assert "generation" in BUILT_IN
+    assert all("generation" in template for template in BUILT_IN.values())

@@ -152,7 +152,10 @@ def test_best_fit_takes_the_fullest_row_with_room() -> None:
         ({"messages": [{"rol": "user", "content": "Hi."}]}, r"a\.jsonl:2: .*\[0\].*Did you mean 'rol'"),
         ({"messages": [{"role": "user", "content": 3}]}, r'a\.jsonl:2: .*"content" is 3, expected a string'),
         (talk("The fox is red. " * 30, "Yes."), r"a\.jsonl:2: \d+ tokens come before .* sft\.context is 32.*raise"),
-        ({"question": "Hi?", "answer": "No."}, r'a\.jsonl:2: needs "messages", or "prompt" and "completion".*question'),
+        (
+            {"question": "Hi?", "answer": "No."},
+            r'a\.jsonl:2: needs "messages", .*, or "prompt" and "completion".*question',
+        ),
         ({"messages": [{"role": "robot", "content": "Hi."}, talk("", "b")["messages"][1]]}, r"a\.jsonl:2: .*robot"),
     ],
 )

@@ -1,0 +1,166 @@
+"""A SentencePiece model as a tokenizer.json, which transformers and the `tokenizers` library read.
+
+Only where ids are equal for every text: byte-pair and character models without normalization. Byte-pair merging is the
+same in both but for one thing: SentencePiece joins the best-scored pair, the leftmost of several that make the same
+piece; a list of merges ranks these by how the piece is split. So splits are listed in the order in which SentencePiece
+takes them where they compete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from jaxgpt.data.sentencepiece_model import SPACE, SentencePieceModel
+from jaxgpt.errors import UserError
+
+_NOT = "the SentencePiece model cannot be exported to Hugging Face"
+_PREFIX, _TRIM, _CHARSMAP, _ESCAPE, _SUFFIX = 3, 4, 2, 5, 24
+"""Fields of NormalizerSpec: add_dummy_prefix, remove_extra_whitespaces, precompiled_charsmap, escape_whitespaces; of
+TrainerSpec: treat_whitespace_as_suffix."""
+
+
+def to_json(model: SentencePieceModel) -> dict[str, Any]:
+    """The content of a tokenizer.json. Raises UserError where none would give the same ids for every text."""
+    pieces = list(model.pieces())
+    _check(model, [kind for _, _, kind in pieces])
+    scores = {piece: score for piece, score, kind in pieces if kind == "normal"}
+    merges = list(_merges(scores)) if model.kind == "bpe" else []
+    dummy = bool(model.normalizer.get(_PREFIX, 1))
+    spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+    back = [
+        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    if dummy:
+        normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
+        back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    else:
+        normalizer = spaces
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added_tokens(model),
+        "normalizer": normalizer,
+        "pre_tokenizer": None,
+        "post_processor": _post_processor(model),
+        "decoder": {"type": "Sequence", "decoders": back},
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": model.names.get("unk_token"),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": any(kind == "byte" for _, _, kind in pieces),
+            "ignore_merges": False,
+            "vocab": {piece: i for i, (piece, _, _) in enumerate(pieces)},
+            "merges": merges,
+        },
+    }
+
+
+def added_tokens(model: SentencePieceModel) -> list[dict[str, Any]]:
+    """Control pieces and unknown, which are special, and the user's own symbols, as tokenizer.json lists them."""
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    return [
+        {"id": i, "content": piece, **flags, "normalized": SPACE in piece, "special": kind != "user defined"}
+        for i, (piece, _, kind) in enumerate(model.pieces())
+        if kind in ("control", "unknown", "user defined")
+    ]
+
+
+def _check(model: SentencePieceModel, kinds: list[str]) -> None:
+    """Raises UserError for what cannot be told in a tokenizer.json so that every text gets the same ids."""
+    dummy = bool(model.normalizer.get(_PREFIX, 1))
+    problems = {
+        f"its model is {model.kind}; only bpe and char ones can be told exactly (scores of unigram ones are rounded "
+        "otherwise there)": model.kind not in ("bpe", "char"),
+        "it normalizes text by a rule other than identity": bool(model.normalizer.get(_CHARSMAP, b"")),
+        "it removes extra spaces (remove_extra_whitespaces)": bool(model.normalizer.get(_TRIM, 1)),
+        "it keeps spaces as they are (escape_whitespaces is off)": not model.normalizer.get(_ESCAPE, 1),
+        "it puts spaces at the ends of pieces (treat_whitespace_as_suffix)": bool(model.trainer.get(_SUFFIX, 0)),
+        "it has unused pieces": "unused" in kinds,
+        "it has user-defined symbols, and puts a space in front of texts": dummy and "user defined" in kinds,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise UserError(
+                f"{_NOT}: {problem}, and transformers would tokenize otherwise than the model was trained with"
+            )
+
+
+def _post_processor(model: SentencePieceModel) -> dict[str, Any] | None:
+    if model.bos is None:
+        return None
+    name = model.names["bos_token"]
+    bos, text, pair = (
+        {"SpecialToken": {"id": name, "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"Sequence": {"id": "B", "type_id": 1}},
+    )
+    second = {"SpecialToken": {"id": name, "type_id": 1}}
+    special = {name: {"id": name, "ids": [model.bos], "tokens": [name]}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, text],
+        "pair": [bos, text, second, pair],
+        "special_tokens": special,
+    }
+
+
+def _merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, in the order in which they are merged."""
+    lacking = next((piece for piece in scores if any(char not in scores for char in piece)), None)
+    if lacking is not None:
+        raise UserError(f"{_NOT}: the piece {lacking!r} has characters that are no pieces themselves")
+    taken: dict[float, str] = {}
+    for piece in sorted(scores, key=lambda piece: -scores[piece]):
+        cuts = [at for at in range(1, len(piece)) if piece[:at] in scores and piece[at:] in scores]
+        if not cuts:
+            continue
+        if scores[piece] in taken:
+            raise UserError(
+                f"{_NOT}: the pieces {taken[scores[piece]]!r} and {piece!r} have the same score, so that none of them "
+                "comes first"
+            )
+        taken[scores[piece]] = piece
+        for at in _ordered(piece, cuts, scores):
+            yield piece[:at], piece[at:]
+
+
+def _ordered(piece: str, cuts: list[int], scores: Mapping[str, float]) -> list[int]:
+    """The places where `piece` is split, the one that must win first.
+
+    Two compete where the end of the piece is its beginning too, and both can be made around it: in left + shared +
+    right, left + shared and shared + right are the piece, and SentencePiece takes the left one.
+    """
+    size, after = len(piece), {at: set() for at in cuts}
+    for shared in range(1, size):
+        left, right = size - shared, shared
+        compete = left != right and left in after and right in after and piece.startswith(piece[left:])
+        if compete and _arises([piece[:left], piece[left:], piece[right:]], scores):
+            after[right].add(left)
+    try:
+        return list(TopologicalSorter(after).static_order())
+    except CycleError as error:
+        raise UserError(
+            f"{_NOT}: the piece {piece!r} is merged in several ways that no order of merges can tell"
+        ) from error
+
+
+def _arises(wanted: list[str], scores: Mapping[str, float]) -> bool:
+    """Whether merging the joined text by scores comes by these symbols."""
+    symbols = list("".join(wanted))
+    while symbols != wanted:
+        found = [
+            (-scores[pair], at) for at in range(len(symbols) - 1) if (pair := symbols[at] + symbols[at + 1]) in scores
+        ]
+        if not found or len(symbols) <= len(wanted):
+            return False
+        _, at = min(found)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return True
