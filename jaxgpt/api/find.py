@@ -30,7 +30,7 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
     """
     devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
     if is_foreign(path):
-        return _foreign(path, devices)
+        return _foreign(find_stage(Path(path), stage), devices)
     path = Path(path)
     if path.parent.name == "checkpoints" and path.is_dir() and stage is None:
         folder, home = path, path.parent.parent.parent / "tokenizer"
@@ -57,7 +57,7 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
     return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices, read)
 
 
-def _foreign(path: str | Path, devices: jax.sharding.Mesh) -> Model:
+def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:
     found = Foreign.describe(path)
     tokenizer = Tokenizer.load(found.path)
     return Model(

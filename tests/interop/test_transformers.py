@@ -55,7 +55,7 @@ def test_a_round_trip_changes_no_bit(case, tmp_path):
     ours_there = theirs.state_dict()
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, ours_there[key]), key
-    assert np.abs(their_logits(theirs, TOKENS) - their_logits(model, TOKENS)).max() < 2e-6  # gelu_fast is gelu_new
+    assert np.abs(their_logits(theirs, TOKENS) - their_logits(model, TOKENS)).max() < 1e-5  # gelu_fast is gelu_new
 
 
 def test_greedy_continuations_of_ragged_prompts_are_those_of_transformers(case):
