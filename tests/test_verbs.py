@@ -24,7 +24,7 @@ tokenizer:
   vocab: 512
   path_text: ["{{run}}/data/text/*.jsonl", "{{run}}/data/instructions.jsonl"]
   fields: [text, messages]
-model: {{width: 16, layers: 1, context: 160, attention: {{heads: 2}}, mlp: {{type: gelu, width: 32}}}}
+model: {{width: 16, layers: 1, context: 160, attention: {{heads: 2}}, mlp: {{width: 32}}}}
 pretrain: {{steps: 4, batch: 8, context: 32, eval_every: 2, log_every: 1, checkpoint: {{every: 2}}}}
 sft:
   steps: 3
@@ -123,6 +123,102 @@ def test_sample_and_chat_speak_with_a_finished_stage(home: Path) -> None:
     assert found.returncode == 0 and found.stdout.startswith("The fox"), found.stderr
     found = jaxgpt(home, "chat", "runs/small", "--max-tokens", "4", stdin="Hello!\n/reset\nWho are you?\n/exit\n")
     assert found.returncode == 0, found.stderr
+
+
+def test_a_result_leaves_and_comes_back_through_the_command_line(home: Path) -> None:
+    for stage in ("sft", "reward"):
+        found = jaxgpt(home, "export", "runs/small", f"hf/{stage}", f"stage={stage}")
+        assert found.returncode == 0 and f"hf/{stage}" in found.stdout, found.stderr
+    found = jaxgpt(home, "import", "hf/sft", "out=runs/back")
+    assert found.returncode == 0 and "LlamaForCausalLM" in found.stdout and "jaxgpt sample runs/back" in found.stdout
+    said = [
+        jaxgpt(home, "sample", run, "The fox", "--max-tokens", "6", "--temperature", "0").stdout
+        for run in ("runs/small/sft", "runs/back", "hf:hf/sft")
+    ]
+    assert said[0].startswith("The fox") and len(set(said)) == 1
+
+
+FOREIGN = """
+runs: {runs}
+sft: {{steps: 2, batch: 4, context: 160, data: {{path: "{data}/instructions.jsonl"}}}}
+reward: {{steps: 2, batch: 4, responses: 4, context: 160, data: {{path: "{data}/rankings.jsonl"}}}}
+ppo:
+  iterations: 1
+  episodes: 4
+  batch: 4
+  epochs: 1
+  prompt_length: 40
+  response_length: 8
+  data: {{path: "{data}/prompts.jsonl"}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "starts"),
+    [
+        ("sft", ["sft.init=hf:hf/sft"]),
+        ("reward", ["reward.init=hf:hf/sft"]),
+        ("ppo", ["ppo.init=hf:hf/sft", "ppo.reward=hf:hf/reward"]),
+        ("sft", ["sft.init=runs/back"]),
+        ("ppo", ["ppo.init=runs/back", "ppo.reward=runs/small"]),
+    ],
+)
+def test_every_stage_starts_from_a_model_that_came_from_elsewhere(home: Path, stage: str, starts: list[str]) -> None:
+    """The file has no model and no tokenizer: both come with what the stage starts from."""
+    (home / "foreign.yaml").write_text(FOREIGN.format(runs=home / "runs", data=home / "runs/small/data"))
+    name = f"foreign-{stage}-{starts[0].partition('=')[2][:2]}"
+    found = jaxgpt(home, stage, "foreign.yaml", f"name={name}", *starts)
+    assert found.returncode == 0, found.stdout + found.stderr
+    made = json.loads((home / "runs" / name / stage / "done.json").read_text())
+    assert made["step"] > 0 and (home / "runs" / name / "tokenizer/tokenizer.model").is_file()
+    again = jaxgpt(home, stage, "foreign.yaml", f"name={name}", *starts)
+    assert again.returncode == 0 and f"{stage}  finished" in again.stdout, again.stderr
+
+
+def test_other_weights_under_the_same_name_are_noticed(home: Path) -> None:
+    (home / "hf/moved").mkdir()
+    for file in (home / "hf/sft").iterdir():
+        (home / "hf/moved" / file.name).write_bytes(file.read_bytes())
+    words = ("sft", "foreign.yaml", "name=moved", "sft.init=hf:hf/moved")
+    assert jaxgpt(home, *words).returncode == 0
+    weights = home / "hf/moved/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    found = jaxgpt(home, *words)
+    assert (
+        found.returncode == 2 and "was made with other inputs" in found.stderr and "parents.hf:hf/moved" in found.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("import", "hf/stf"), "hf/stf: no such folder. Did you mean 'sft'?"),
+        (("import",), "import: no folder; usage: jaxgpt import HF_FOLDER"),
+        (("import", "hf/sft", "ou=x"), "ou (set by 'ou=x'): no such field. Did you mean 'out'?"),
+        (("import", "hf/sft", "out=runs/small"), "runs/small is there already"),
+        (("import", "runs/small"), "no config.json there, so it is no Hugging Face model folder"),
+        (("export", "runs/small"), "export: expected a run and a folder to write"),
+        (("export", "runs/small", "hf/sft"), "hf/sft is there already"),
+        (("export", "runs/small", "hf/x", "dtype=int8"), "dtype (set by 'dtype=int8'): found 'int8', expected float32"),
+        (("export", "runs/small", "hf/x", "stage=stf"), "'stf': no such stage. Did you mean 'sft'?"),
+        (("sample", "hf:hf/reward", "x"), "holds a reward model"),
+        (("sample", "hf/sft", "x"), "is a Hugging Face folder: hf:hf/sft reads it"),
+        (
+            ("sft", "foreign.yaml", "sft.init=hf:hf/none"),
+            "sft.init (set by 'sft.init=hf:hf/none'): hf/none: no such folder",
+        ),
+        (("sft", "foreign.yaml", "sft.init=hf/sft"), "hf:hf/sft"),
+        (
+            ("sft", "foreign.yaml", "name=k", "sft.init=hf:hf/reward"),
+            "holds a reward model; a language model is needed",
+        ),
+        (("sft", "foreign.yaml", "name=w", "sft.init=hf:hf/sft", "model.width=32"), "model.width is 32, and it has 16"),
+    ],
+)
+def test_mistakes_with_folders_are_told_in_words(home: Path, words: tuple[str, ...], expected: str) -> None:
+    found = jaxgpt(home, *words)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert expected in found.stderr and "Traceback" not in found.stderr, found.stderr
 
 
 def test_config_prints_settings_that_give_the_same_run(home: Path) -> None:
