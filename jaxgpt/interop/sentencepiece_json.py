@@ -15,9 +15,9 @@ from jaxgpt.data.sentencepiece_model import SPACE, SentencePieceModel
 from jaxgpt.errors import UserError
 
 _NOT = "the SentencePiece model cannot be exported to Hugging Face"
-_PREFIX, _TRIM, _CHARSMAP, _ESCAPE, _SUFFIX = 3, 4, 2, 5, 24
-"""Fields of NormalizerSpec: add_dummy_prefix, remove_extra_whitespaces, precompiled_charsmap, escape_whitespaces; of
-TrainerSpec: treat_whitespace_as_suffix."""
+_CHARSMAP, _TRIM, _ESCAPE, _SUFFIX = 2, 4, 5, 24
+"""Fields of NormalizerSpec: precompiled_charsmap, remove_extra_whitespaces, escape_whitespaces; of TrainerSpec:
+treat_whitespace_as_suffix."""
 
 
 def to_json(model: SentencePieceModel) -> dict[str, Any]:
@@ -26,14 +26,13 @@ def to_json(model: SentencePieceModel) -> dict[str, Any]:
     _check(model, [kind for _, _, kind in pieces])
     scores = {piece: score for piece, score, kind in pieces if kind == "normal"}
     merges = list(_merges(scores)) if model.kind == "bpe" else []
-    dummy = bool(model.normalizer.get(_PREFIX, 1))
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
         {"type": "ByteFallback"},
         {"type": "Fuse"},
     ]
-    if dummy:
+    if model.prepends:
         normalizer = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, spaces]}
         back.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     else:
@@ -74,7 +73,6 @@ def added_tokens(model: SentencePieceModel) -> list[dict[str, Any]]:
 
 def _check(model: SentencePieceModel, kinds: list[str]) -> None:
     """Raises UserError for what cannot be told in a tokenizer.json so that every text gets the same ids."""
-    dummy = bool(model.normalizer.get(_PREFIX, 1))
     problems = {
         f"its model is {model.kind}; only bpe and char ones can be told exactly (scores of unigram ones are rounded "
         "otherwise there)": model.kind not in ("bpe", "char"),
@@ -83,7 +81,7 @@ def _check(model: SentencePieceModel, kinds: list[str]) -> None:
         "it keeps spaces as they are (escape_whitespaces is off)": not model.normalizer.get(_ESCAPE, 1),
         "it puts spaces at the ends of pieces (treat_whitespace_as_suffix)": bool(model.trainer.get(_SUFFIX, 0)),
         "it has unused pieces": "unused" in kinds,
-        "it has user-defined symbols, and puts a space in front of texts": dummy and "user defined" in kinds,
+        "it has user-defined symbols, and puts a space in front of texts": model.prepends and "user defined" in kinds,
     }
     for problem, found in problems.items():
         if found:
