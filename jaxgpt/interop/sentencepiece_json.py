@@ -8,7 +8,8 @@ strings under 3,000 random vocabularies of two letters came out otherwise).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxgpt.data.sentencepiece_model import SPACE, SentencePieceModel
@@ -25,7 +26,7 @@ def to_json(model: SentencePieceModel) -> dict[str, Any]:
     pieces = list(model.pieces())
     _check(model, [kind for _, _, kind in pieces])
     scores = {piece: score for piece, score, kind in pieces if kind == "normal"}
-    merges = list(_merges(scores)) if model.kind == "bpe" else []
+    merges = _merges(scores) if model.kind == "bpe" else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = [
         {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
@@ -109,21 +110,45 @@ def _post_processor(model: SentencePieceModel) -> dict[str, Any] | None:
     }
 
 
-def _merges(scores: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Every pair of pieces that makes a piece, in the order in which they are merged."""
     lacking = next((piece for piece in scores if any(char not in scores for char in piece)), None)
     if lacking is not None:
         raise UserError(f"{_NOT}: the piece {lacking!r} has characters that are no pieces themselves")
-    taken: dict[float, str] = {}
-    for piece in sorted(scores, key=lambda piece: -scores[piece]):
-        cuts = [at for at in range(1, len(piece)) if piece[:at] in scores and piece[at:] in scores]
-        if not cuts:
-            continue
-        if scores[piece] in taken:
+    made = {piece: pairs for piece in scores if (pairs := _pairs(piece, scores))}
+    order = sorted(made, key=lambda piece: (-scores[piece], -len(piece)))
+    for _, group in itertools.groupby(order, key=lambda piece: scores[piece]):
+        tied = list(group)
+        if len(tied) > 1 and not (_alone(tied, scores) and _runs_agree([pair for one in tied for pair in made[one]])):
             raise UserError(
-                f"{_NOT}: the pieces {taken[scores[piece]]!r} and {piece!r} have the same score, so that none of them "
-                "comes first"
+                f"{_NOT}: the pieces {tied[0]!r} and {tied[1]!r} have the same score, so that none of them comes first"
             )
-        taken[scores[piece]] = piece
-        for at in cuts:
-            yield piece[:at], piece[at:]
+    return [pair for piece in order for pair in made[piece]]
+
+
+def _pairs(piece: str, scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    cuts = ((piece[:at], piece[at:]) for at in range(1, len(piece)))
+    return [(left, right) for left, right in cuts if left in scores and right in scores]
+
+
+def _alone(tied: Sequence[str], scores: Mapping[str, float]) -> bool:
+    """Whether pieces are the runs of one character (LLaMA's of spaces have one score), which is twice in no other."""
+    twice = tied[0][0] * 2
+    return all(set(piece) == {twice[0]} for piece in tied) and {p for p in scores if twice in p} <= {*tied}
+
+
+def _runs_agree(pairs: Sequence[tuple[str, str]]) -> bool:
+    """Whether merging runs of a character, which pieces of one score make, comes out alike by list and by place."""
+    char, longest = pairs[0][0][0], max(len(left + right) for left, right in pairs)
+    listed = {pair: rank for rank, pair in enumerate(pairs)}
+    equal = dict.fromkeys(pairs, 0)
+    return all(_merged(char * size, listed) == _merged(char * size, equal) for size in range(4 * longest))
+
+
+def _merged(text: str, ranks: Mapping[tuple[str, str], int]) -> list[str]:
+    """Symbols of a text: the pair of the least rank is joined, the leftmost of equals, until there is none."""
+    symbols = list(text)
+    while found := [(ranks[pair], at) for at, pair in enumerate(itertools.pairwise(symbols)) if pair in ranks]:
+        _, at = min(found)
+        symbols[at : at + 2] = [symbols[at] + symbols[at + 1]]
+    return symbols
