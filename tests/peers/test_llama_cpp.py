@@ -1,5 +1,5 @@
-"""An exported folder through llama.cpp: its converter takes it, its tokenizer gives the same ids, its greedy answers the
-same tokens.
+"""An exported folder through llama.cpp: its tokenizer gives the same ids, its greedy answers are
+the same tokens.
 
 Needs `pip install llama-cpp-python torch` and JAXGPT_LLAMA_CPP, the folder of llama.cpp's convert_hf_to_gguf.py (in
 the source package of llama-cpp-python: vendor/llama.cpp). JAXGPT_LLAMA_CPP_RUN may name a trained run's stage.
