@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from local_tasks import CHOICES, TEXTS, write_tasks
@@ -19,6 +18,7 @@ from lm_eval.api.instance import Instance  # noqa: E402 (behind importorskip)
 from jaxgpt.api import Model  # noqa: E402
 from jaxgpt.errors import UserError  # noqa: E402
 from jaxgpt.evaluate.harness import Harness, Tasks, run_tasks  # noqa: E402
+from jaxgpt.interop.export import write_folder  # noqa: E402
 
 NAMES = ["local_choice", "local_rolling", "local_generation"]
 
@@ -59,60 +59,15 @@ def tasks(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def folder(run, model, tmp_path_factory):
-    """The model as a Hugging Face folder."""
+def folder(model, tmp_path_factory):
+    """The model as it is exported."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
-    return write_folder(tmp_path_factory.mktemp("hf"), run / "tokenizer", model)
-
-
-def write_folder(folder: Path, tokenizer: Path, model: Model) -> Path:
-    """LLaMA's names and layouts: matrices are (out, in)."""
-    from safetensors.numpy import save_file
-
-    D, H, G, K = CONFIG.width, CONFIG.attention.heads, CONFIG.kv_heads, CONFIG.head_dim
-    backbone = model.params["backbone"]
-    tensors = {"model.embed_tokens.weight": backbone["embed_VD"], "model.norm.weight": backbone["norm"]["scale_D"]}
-    for i in range(CONFIG.layers):
-        attention, mlp = backbone["blocks"]["attention"], backbone["blocks"]["mlp"]
-        layer = {
-            "self_attn.q_proj": np.asarray(attention["q_DHK"][i]).reshape(D, H * K).T,
-            "self_attn.k_proj": np.asarray(attention["k_DGK"][i]).reshape(D, G * K).T,
-            "self_attn.v_proj": np.asarray(attention["v_DGK"][i]).reshape(D, G * K).T,
-            "self_attn.o_proj": np.asarray(attention["o_HKD"][i]).reshape(H * K, D).T,
-            "mlp.gate_proj": np.asarray(mlp["gate_DF"][i]).T,
-            "mlp.up_proj": np.asarray(mlp["up_DF"][i]).T,
-            "mlp.down_proj": np.asarray(mlp["down_FD"][i]).T,
-            "input_layernorm": backbone["blocks"]["attention_norm"]["scale_D"][i],
-            "post_attention_layernorm": backbone["blocks"]["mlp_norm"]["scale_D"][i],
-        }
-        tensors |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / "model.safetensors")
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": len(backbone["embed_VD"]),
-        "hidden_size": D,
-        "intermediate_size": CONFIG.hidden,
-        "num_hidden_layers": CONFIG.layers,
-        "num_attention_heads": H,
-        "num_key_value_heads": G,
-        "max_position_embeddings": CONTEXT,
-        "rms_norm_eps": CONFIG.norm.eps,
-        "rope_theta": CONFIG.positions.base,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 3,
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
-    plain = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "add_prefix_space": False}
-    control = {str(i): {"content": piece, "special": True} for piece, i in model.tokenizer.control.items()}
-    chat = {"added_tokens_decoder": control, "chat_template": model.tokenizer.template}
-    (folder / "tokenizer_config.json").write_text(json.dumps(names | plain | chat))
-    shutil.copy(tokenizer / "tokenizer.model", folder)
-    return folder
+    home = tmp_path_factory.mktemp("hf") / "folder"
+    config = CONFIG.model_copy(update={"vocab": model.vocab})
+    with jax.set_mesh(model.mesh):
+        write_folder(home, "language", config, model.params, model.tokenizer, "F32", 10**9)
+    return home
 
 
 def evaluated(lm, tasks: list[str], chat: bool) -> dict:
