@@ -111,8 +111,6 @@ def test_what_does_not_fit_is_told_before_the_first_rollout(home, mesh):
         with jax.set_mesh(mesh), pytest.raises(UserError, match=match):
             ppo.stage(open_run(c, mesh), c.ppo)
 
-    refused(r"ppo.prompt_length \+ ppo.response_length is 54, and model.context is 32", response_length=40)
     refused(r"prompts.jsonl:\d+: prompt has \d+ tokens, ppo.prompt_length is 6", prompt_length=6)
     refused(r"small/sft/params holds a language model; a reward model is needed", reward="sft")
     refused(r"small/reward/params holds a reward model; a language model is needed", init="reward")
-    refused(r"ppo.data.path is not set", data=None)
