@@ -22,6 +22,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.evaluate.answers import (
     Answers,
     answer,
+    asked_by_kind,
     exact_by_kind,
     few_shot_prompt,
     gold_scores,
@@ -78,7 +79,8 @@ class Suite:
     def run(self) -> dict[str, Any]:
         """Everything, as JSON."""
         began = time.monotonic()
-        results: dict[str, Any] = {"prompts": len(self.asked), "stages": {}}
+        results: dict[str, Any] = {"prompts": len(self.asked), "exact_prompts": asked_by_kind(self.exact.records)}
+        results["stages"] = {}
         if "pretrain" in self.models:
             results["base_chat_exact"] = self._exact(self.models["pretrain"])
             if self.c.few_shot:
