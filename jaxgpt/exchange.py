@@ -70,7 +70,8 @@ def export(run: Path, folder: Path, wanted: Export) -> int:
     keep_compiled()
     console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
     model = load(run, wanted.stage, wanted.mesh)
-    config = model.config.model_copy(update={"vocab": model.vocab})
+    vocab = model.config.vocab or model.tokenizer.size  # rows that pad the embedding for our own sake stay here
+    config = model.config.model_copy(update={"vocab": vocab})
     with jax.set_mesh(model.mesh):
         family = write_folder(
             folder,

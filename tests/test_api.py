@@ -1,5 +1,6 @@
 """The Python interface: ragged and padded batches, sampling, chat and scores of finished models."""
 
+import copy
 import shutil
 from importlib.resources import files
 from pathlib import Path
@@ -13,6 +14,9 @@ import jaxgpt
 from jaxgpt.api import Model, find_stage
 from jaxgpt.config.schema import MeshConfig
 from jaxgpt.data.chat import render
+from jaxgpt.data.sentencepiece_model import SentencePieceModel
+from jaxgpt.data.templates import read_template
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 
 ROWS = [[1, 40, 41, 42, 43], [1, 44], [1, 45, 46]]
@@ -182,6 +186,33 @@ def test_chat_renders_the_template_and_answers_one_or_several(sft):
     expected = [r.text for r in sft.generate([ids, sft.chat_tokens(more)], 8, seed=5)]
     assert sft.chat([TALK, more], 8, seed=5) == expected
     assert sft.chat(TALK, 8, 0.0) == [sft.generate([ids], 8, 0.0)[0].text]
+
+
+def with_tokenizer(model: Model, **settings) -> Model:
+    """The model with its pieces otherwise set, and the template that goes with plain text."""
+    other = copy.copy(model)
+    other.tokenizer = Tokenizer(SentencePieceModel(model.tokenizer.engine.data, settings), *read_template("vicuna"))
+    return other
+
+
+def test_an_answer_has_no_space_in_front_that_the_template_wrote(sft):
+    model = with_tokenizer(sft)
+    space = model.tokenizer.encode(" a")
+    assert model.answer(model.decode(space)) == "a"
+    assert model.answer("  a") == " a" and model.answer("a") == "a"
+    assert sft.answer(" a") == " a"
+    short = [{"role": "system", "content": "S"}, *TALK]
+    texts = [response.text for response in model.generate([model.chat_tokens(short)] * 4, 8, seed=2)]
+    assert model.chat([short] * 4, 8, seed=2) == [text.removeprefix(" ") for text in texts]
+
+
+def test_without_a_bos_nothing_stands_in_front_and_an_empty_prompt_begins_at_the_end_token(sft):
+    model = with_tokenizer(sft, add_bos_token=False)
+    assert model.encode("the cat") == sft.encode("the cat")[1:]
+    assert model.encode("") == []
+    (found,) = model.generate("", 8, seed=1)
+    (wanted,) = sft.generate([[sft.tokenizer.eos]], 8, seed=1)
+    assert found.tokens == wanted.tokens
 
 
 def test_scores_are_read_at_the_last_token_alone_or_together(reward):

@@ -63,8 +63,8 @@ class SentencePieceModel:
         named = {"bos_token": bos, "eos_token": eos, "unk_token": self.unk, "pad_token": pad}
         self.names = {key: pieces.id_to_piece(token) for key, token in named.items() if token is not None}
         spelt = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
-        exact = all(pieces.is_byte(i) for i in spelt) and not self.normalizer.get(3, 1)  # no space of the model's own
-        self._space = spelt if exact else None
+        lossless = all(pieces.is_byte(i) for i in spelt) and not self.prepends
+        self._space = spelt if lossless else None
 
     def _named(self, piece: str | None, own: int) -> int | None:
         """The id of a piece that settings name, where it can be an end or padding; else the model's own, if any."""
@@ -101,8 +101,18 @@ class SentencePieceModel:
 
     @cached_property
     def normalizer(self) -> dict[int, int | bytes]:
-        """The model's NormalizerSpec by field numbers of sentencepiece_model.proto; 3 is add_dummy_prefix."""
+        """The model's NormalizerSpec by field numbers of sentencepiece_model.proto."""
         return protobuf.message(self._proto.get(3, b""))
+
+    @cached_property
+    def prepends(self) -> bool:
+        """Whether the model puts a space in front of every text (add_dummy_prefix)."""
+        return bool(self.normalizer.get(3, 1))
+
+    @cached_property
+    def normalizes(self) -> bool:
+        """Whether the model changes texts otherwise: by a rule, or taking spaces away (remove_extra_whitespaces)."""
+        return bool(self.normalizer.get(2, b"")) or bool(self.normalizer.get(4, 1))
 
     @cached_property
     def _proto(self) -> dict[int, int | bytes]:
@@ -115,6 +125,7 @@ class SentencePieceModel:
         for i, part in enumerate(parts):
             yield self._pieces.id_to_piece(i), self._pieces.get_score(i), kinds[part.get(3, 1)]
 
+    @cached_property
     def piece_bytes(self) -> np.ndarray:
         """[size] int32: UTF-8 bytes of text that each id stands for; 0 for control ids and unknown."""
         return np.array([self._bytes(i) for i in range(self.size)], np.int32)
@@ -157,16 +168,21 @@ class SentencePieceModel:
         return ids, starts
 
     def _spans(self, text: str) -> tuple[list[int], list[int]]:
-        ids, begins = [], []
-        for number, value in protobuf.fields(self._pieces.encode(text, out_type="serialized_proto")):
-            if number == 2:
-                piece = protobuf.message(value)
-                ids.append(piece.get(2, 0))
-                begins.append(piece.get(4, 0))
-        if text.isascii():
-            return ids, begins
-        before = np.cumsum([0] + [len(c.encode()) for c in text])  # bytes in front of each character
-        return ids, (np.searchsorted(before, begins, side="right") - 1).tolist()
+        data = text.encode()
+        ids = self._pieces.encode(text)
+        sizes = self.piece_bytes[ids]
+        begins = np.cumsum(sizes) - sizes - self.prepends
+        if self.normalizes or sizes.sum() != len(data) + (self.prepends and bool(ids)):  # the model has to say it
+            begins = self._begins(text)
+        if len(data) > len(text):
+            heads = np.flatnonzero(np.frombuffer(data, np.uint8) & 0xC0 != 0x80)  # first bytes of characters
+            begins = np.searchsorted(heads, begins, side="right") - 1
+        return ids, np.maximum(begins, 0).tolist()
+
+    def _begins(self, text: str) -> np.ndarray:
+        """The byte at which each token begins, as SentencePiece's own message tells: slow."""
+        found = protobuf.fields(self._pieces.encode(text, out_type="serialized_proto"))
+        return np.array([protobuf.message(piece).get(4, 0) for number, piece in found if number == 2], np.int64)
 
     def decode(self, tokens: list[int]) -> str:
         """The text of ids that are all this model's."""

@@ -90,10 +90,10 @@ class Tokenizer:
         of the document before."""
         return self.eos if self.bos is None else self.bos
 
-    @cached_property
+    @property
     def piece_bytes(self) -> np.ndarray:
         """[size] int32: UTF-8 bytes of text that each id stands for; 0 for control ids and unknown."""
-        return self.engine.piece_bytes()
+        return self.engine.piece_bytes
 
     @overload
     def encode(self, text: str) -> list[int]: ...

@@ -106,6 +106,7 @@ class TokenizerJson:
     def _byte_level(self) -> bool:
         return "ByteLevel" in _types(self._spec.get("decoder"))
 
+    @cached_property
     def piece_bytes(self) -> np.ndarray:
         """[size] int32: UTF-8 bytes of text that each id stands for; 0 for control ids and unknown."""
         out = np.zeros(self.size, np.int32)

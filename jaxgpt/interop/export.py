@@ -46,7 +46,7 @@ def write_folder(
     Raises UserError where transformers has no class for the model, or would tokenize differently.
     """
     family = choose_family(model, kind)
-    files = tokenizer_files(tokenizer, model.context)
+    files = tokenizer_files(tokenizer, model.context, family.type)
     with whole(folder) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)

@@ -34,7 +34,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, model_type: str | None =
     if isinstance(engine, SentencePieceModel):
         files["tokenizer.json"] = _json(to_json(engine))
         added = added_tokens(engine)
-        more = {"add_prefix_space": bool(engine.normalizer.get(3, 1))}
+        more = {"add_prefix_space": engine.prepends}
     else:
         added = [{**token, "special": token["special"] or token["content"] in engine.control} for token in engine.added]
         more = {}

@@ -134,7 +134,8 @@ class _Reader:
 
         def read(keys: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
             path = _path(keys)
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: self._part(path, leaf, at))
+            array = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda at: self._part(path, leaf, at))
+            return array.block_until_ready()  # so that the host's copy of one is gone before the next is read
 
         return jax.tree_util.tree_map_with_path(read, abstract(self._target))
 
@@ -160,7 +161,7 @@ def write_weights(
 ) -> list[str]:
     """Writes all tensors as safetensors of at most `largest` bytes, and their index; returns the files' names.
 
-    `dtype` is as in the files' headers: "F32" or "BF16".
+    Rows of the embedding beyond `model.vocab` are left out. `dtype` is as in the files' headers: "F32" or "BF16".
     """
     sizes, arrays, parts = sizes_of(model), paths_of(params), parts_of(family, params)
     shapes = {name: tensor_shape(inside[0].layout, sizes) for name, inside in parts.items()}
@@ -171,8 +172,9 @@ def write_weights(
     def value(name: str) -> np.ndarray:
         tensor = np.empty(shapes[name], DTYPES[dtype])
         for path, layer, layout in parts[name]:
-            array = arrays[path] if layer is None else arrays[path][layer]
-            view(tensor, layout, letters_of(path), sizes)[...] = jax.device_get(array)
+            array = jax.device_get(arrays[path] if layer is None else arrays[path][layer])
+            letters = letters_of(path)
+            view(tensor, layout, letters, sizes)[...] = array[: sizes["V"]] if letters[0] == "V" else array
         return tensor
 
     for file, shard in zip(named, shards, strict=True):

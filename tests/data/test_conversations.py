@@ -61,6 +61,48 @@ def test_three_spellings_of_a_record_are_one_conversation(tokenizer: Tokenizer, 
     assert named.ids.tolist() == one.ids.tolist()
 
 
+def shared(*turns: tuple[str, str]) -> dict[str, Any]:
+    """A ShareGPT record."""
+    return {"id": "x", "conversations": [{"from": speaker, "value": text} for speaker, text in turns]}
+
+
+def test_sharegpt_conversations_begin_with_the_first_human_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    turns = (("human", "2 + 2?"), ("gpt", "4."))
+    records = [
+        shared(*turns),
+        shared(("gpt", "Hello!"), *turns),
+        shared(("user", "2 + 2?"), ("assistant", "4.")),
+        shared(("system", "Be kind."), ("gpt", "Hello!"), *turns),
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    found = load_conversations(tmp_path / "a.json", tokenizer, 64)
+    system = {"messages": [{"role": "system", "content": "Be kind."}, *talk("2 + 2?", "4.")["messages"]]}
+    plain = load_conversations(write(tmp_path / "b.jsonl", talk("2 + 2?", "4."), system), tokenizer, 64)
+    wanted = [plain[0], plain[0], plain[0], plain[1]]
+    assert [example.ids.tolist() for example in found] == [example.ids.tolist() for example in wanted]
+    assert [example.mask.tolist() for example in found] == [example.mask.tolist() for example in wanted]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (shared(("humman", "Hi?")), r"\[1\]: \"conversations\"\[0\]: \"from\" is 'humman'.*Did you mean 'human'"),
+        (
+            {"conversations": [{"from": "human", "vale": "Hi?"}]},
+            r"\[1\]: .*\[0\]: \"value\" is None.*Did you mean 'vale'",
+        ),
+        ({"conversations": ["Hi?"]}, r"\[1\]: .*\[0\] is 'Hi\?', expected an object"),
+        ({"conversations": "Hi?"}, r"\[1\]: .* is 'Hi\?', expected a list"),
+        (shared(("gpt", "Hi!"), ("gpt", "Well?")), r"\[1\]: .* has no turn of a human"),
+        (shared(("human", "Hi!")), r"\[1\]: no assistant turn"),
+    ],
+)
+def test_a_bad_sharegpt_record_is_named(tokenizer: Tokenizer, tmp_path: Path, record: Any, message: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([shared(("human", "Hi?"), ("gpt", "Hi!")), record]))
+    with pytest.raises(UserError, match=r"a\.json" + message):
+        load_conversations(tmp_path / "a.json", tokenizer, 64)
+
+
 def test_too_long_conversations_lose_their_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", talk("Hello!", "The fox is red. " * 20), talk("Hello!", "Hi."))
     long, short = load_conversations(path, tokenizer, 32)

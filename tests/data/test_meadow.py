@@ -123,6 +123,15 @@ def test_no_held_out_prompt_occurs_in_training(world: Path) -> None:
     assert not trained & held
 
 
+def test_no_text_asks_for_a_held_out_fact_or_sum() -> None:
+    """They are stated and never follow their question, so that answering them takes more than recalling a page."""
+    text = "\n".join(page for source in WEIGHTS for page in documents(source, 3_000, 0))
+    for kind in ("facts", "sums"):
+        held, trained = ([task.prompt for task in all_tasks(split)[kind]] for split in (True, False))
+        assert not [prompt for prompt in held if prompt in text]
+        assert sum(prompt in text for prompt in trained) > 0.9 * len(trained)
+
+
 def test_exact_prompts_are_all_held_out_ones_with_an_answer(world: Path) -> None:
     records = read(world, "prompts_exact")
     counts = Counter(record["kind"] for record in records)

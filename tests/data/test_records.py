@@ -119,3 +119,32 @@ def test_the_hash_is_of_contents_in_order(tmp_path):
     assert file_hash([moved, b]) == before
     write(b, {"text": "3"})
     assert file_hash([moved, b]) != before
+
+
+@pytest.mark.parametrize("space", ["", "\ufeff \n\t" + " " * 100])
+def test_a_json_file_may_be_one_array(tmp_path, space):
+    path = tmp_path / "a.json"
+    path.write_text(space + json.dumps([{"text": "x"}, {"text": "y"}], indent=1))
+    records = list(read_jsonl(path))
+    assert [record.value["text"] for record in records] == list(read_texts(path)) == ["x", "y"]
+    assert records[1].where == f"{path}[1]"
+    packed = tmp_path / "a.json.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert list(read_texts(packed)) == ["x", "y"]
+    write(path, {"text": "x"})
+    assert list(read_texts(path)) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"text": "a"},\n {"text": "b"}', r"a\.json:2: not JSON: .* at column"),
+        ('[{"text": "a"}, 3]', r"a\.json\[1\]: a number, expected an object"),
+        ('[{"text": "a"}, {"txet": "b"}]', r"a\.json\[1\]: no key \"text\""),
+        ("[" * 100_000, r"a\.json"),
+    ],
+)
+def test_a_bad_array_is_named_by_place(tmp_path, text, message):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        list(read_texts(tmp_path / "a.json"))

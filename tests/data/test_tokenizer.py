@@ -198,3 +198,15 @@ def test_a_model_of_the_users_may_lack_pad_and_roles_but_not_the_ends():
     assert Tokenizer(foreign(bos_id=-1)).bos is None
     with pytest.raises(UserError, match=r"mine\.model: the model has no eos \(</s>\) piece"):
         foreign(eos_id=-1)
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_spans_say_where_tokens_begin(rule):
+    tokenizer = Tokenizer(foreign(normalization_rule_name=rule, remove_extra_whitespaces=rule != "identity"))
+    for text in [*AWKWARD, "the  cat 🙂中ﬁ\n"]:
+        ids, starts = tokenizer.encode_spans(text)
+        assert ids == tokenizer.encode(text)
+        assert starts == sorted(starts) and all(0 <= start < len(text) for start in starts)
+    ids, starts = tokenizer.encode_spans("the  🙂 cat")
+    assert tokenizer.decode(ids[-1:]).strip() == "cat"
+    assert starts[-1] == len("the  🙂")

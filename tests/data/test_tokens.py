@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from jaxgpt.config.schema import DataConfig, TokenizerConfig
-from jaxgpt.data.tokenizer import train_tokenizer
+from jaxgpt.data.sentencepiece_model import SentencePieceModel
+from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokens import Rows, Shard, is_current, write_tokens
 from jaxgpt.errors import UserError
 
@@ -178,3 +179,12 @@ def test_a_source_too_short_is_named_with_its_tokens(tmp_path):
     assert len(Rows(shard, 64, partial=True)) == 1
     with pytest.raises(UserError, match=r"source tiny \(val\) has 0 tokens"):
         Rows(Shard.open(tmp_path / "tiny", "val"), 64, partial=True)
+
+
+def test_without_a_bos_documents_begin_with_the_end_token(tmp_path):
+    plain = Tokenizer(SentencePieceModel(TOKENIZER.engine.data, {"add_bos_token": False}))
+    write_tokens(["the cat", "the mat"], plain, tmp_path / "s", 0.0, "document")
+    shard = Shard.open(tmp_path / "s", "train")
+    eos = plain.eos
+    assert shard.tokens.tolist() == [eos, *plain.encode("the cat"), eos, eos, *plain.encode("the mat"), eos]
+    assert [shard.tokens[start] for start in shard.starts] == [eos, eos]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import json
 import math
@@ -14,6 +15,8 @@ from tiny_run import CONTEXT, load_once, make_run
 from jaxgpt.api import Model, load
 from jaxgpt.config.schema import MeshConfig
 from jaxgpt.data.records import read_texts
+from jaxgpt.data.sentencepiece_model import SentencePieceModel
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.evaluate.perplexity import TextScore, score_texts, windows
 from jaxgpt.train.checkpoint import abstract
 
@@ -83,6 +86,16 @@ def test_the_mesh_changes_nothing(run, model):
     texts = ["The cat met a dog. " * n for n in (1, 9, 20)]
     wide = load(run / "pretrain", mesh=MeshConfig(data=2, fsdp=2, tensor=2))
     assert score_texts(wide, texts, 5).values() == pytest.approx(score_texts(model, texts, 5).values(), rel=1e-5)
+
+
+def test_without_a_bos_the_end_token_stands_in_front(model):
+    text = "The cat met a dog."
+    other = copy.copy(model)
+    other.tokenizer = Tokenizer(SentencePieceModel(model.tokenizer.engine.data, {"add_bos_token": False}))
+    ids = [model.tokenizer.eos, *model.tokenizer.encode(text)]
+    found = score_texts(other, [text], batch=4)
+    assert found.tokens == len(ids) - 1
+    assert found.nats == pytest.approx(-float(model.logprobs([ids])[0].sum()), rel=1e-5)
 
 
 def test_bytes_are_those_of_utf8_and_unknown_characters_are_counted(model):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import random
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import sentencepiece
 
 from jaxgpt.config.schema import TokenizerConfig
+from jaxgpt.data import protobuf
 from jaxgpt.data.chat import render, render_text
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.templates import ROLES, read_template
@@ -92,6 +95,28 @@ def byte_level(llama3: bool = False) -> TokenizerJson:
     return TokenizerJson(made.to_str().encode())
 
 
+def scored_alike(model: SentencePieceModel, kind: Callable[[str], bool]) -> SentencePieceModel:
+    """The model with one score, the least, for all pieces of a kind."""
+
+    def part(number: int, data: bytes) -> bytes:
+        size = [len(data)] if len(data) < 128 else [len(data) & 127 | 128, len(data) >> 7]
+        return bytes([number << 3 | 2, *size]) + data
+
+    out = b""
+    for number, value in protobuf.fields(model.data):
+        if number == 1:
+            piece = protobuf.message(value)
+            score = struct.pack("<f", -1e9) if kind(piece[1].decode()) else piece.get(2, bytes(4))
+            value = part(1, piece[1]) + b"\x15" + score + bytes([3 << 3, piece.get(3, 1)])
+        out += part(number, value)
+    return SentencePieceModel(out)
+
+
+def is_spaces(piece: str) -> bool:
+    """Whether a piece is a run of spaces: LLaMA's own model gives these one score."""
+    return len(piece) > 1 and not piece.strip("\u2581")
+
+
 MADE = {
     "ours": lambda: train_tokenizer(TEXTS, TokenizerConfig(vocab=700)).engine,
     "ours without byte fallback": lambda: (
@@ -101,6 +126,7 @@ MADE = {
     "llama": learned,
     "llama with roles": lambda: learned(control_symbols=list(ROLES.values())),
     "llama without bos": lambda: SentencePieceModel(learned().data, {"add_bos_token": False}),
+    "llama, runs of spaces alike": lambda: scored_alike(learned(allow_whitespace_only_pieces=True), is_spaces),
     "across words": lambda: learned(split_by_whitespace=False, split_by_unicode_script=False, split_by_number=False),
     "own symbols": lambda: learned(add_dummy_prefix=False, user_defined_symbols=["<think>", "ab", "\u2581\u2581"]),
     "gpt2": byte_level,
@@ -144,7 +170,7 @@ def test_every_text_comes_back(exported):
     theirs = opened(folder)
     for text, ids in zip(STRINGS, tokenizer.encode(STRINGS), strict=True):
         assert tokenizer.decode(ids) == theirs.decode(ids) == text
-        led = isinstance(tokenizer.engine, SentencePieceModel) and tokenizer.engine.normalizer.get(3, 1) and text
+        led = isinstance(tokenizer.engine, SentencePieceModel) and tokenizer.engine.prepends and text
         assert tokenizer.piece_bytes[ids].sum() == len(text.encode()) + bool(led)
 
 
@@ -237,6 +263,11 @@ def test_what_transformers_would_tokenize_otherwise_is_not_exported(options, pro
         options = {**options, "byte_fallback": False}
     with pytest.raises(UserError, match=f"cannot be exported to Hugging Face: .*{problem}"):
         tokenizer_files(Tokenizer(learned(**options)), 512)
+
+
+def test_pieces_of_one_score_that_are_no_runs_are_not_exported():
+    with pytest.raises(UserError, match=r"the pieces '.+' and '.+' have the same score"):
+        tokenizer_files(Tokenizer(scored_alike(learned(), lambda piece: piece in ("==", "--"))), 512)
 
 
 def test_models_of_type_qwen2_need_its_way_to_split():

@@ -1,4 +1,7 @@
-"""The meadow's seven text sources, named and weighted as the LLaMA mixture is (arXiv 2302.13971, table 1)."""
+"""The meadow's seven text sources, named and weighted as the LLaMA mixture is (arXiv 2302.13971, table 1).
+
+Every fact and every sum is stated; those that are held out are never asked for.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from jaxgpt.data.meadow.facts import (
     QUESTIONS,
     THINGS,
     article,
+    fact_is_held_out,
     opposite_statement,
     statement,
+    sum_is_held_out,
     sum_statement,
 )
 from jaxgpt.data.meadow.stories import story
@@ -96,14 +101,14 @@ def _stackexchange(rng: Random) -> str:
 
 def _asked(rng: Random) -> str:
     if rng.random() < 0.4:
-        a, b = rng.randrange(10), rng.randrange(10)
+        a, b = rng.choice(_ASKED_SUMS)
         return f"Question: What is {a} + {b}? Answer: {sum_statement(a, b)}"
     return f"Question: {_answered(rng, rng.choice(ANIMALS), ' Answer: ')}"
 
 
 def _answered(rng: Random, animal: str, between: str = " ") -> str:
-    """A question about an animal and its answer."""
-    attribute = rng.choice(ATTRIBUTES)
+    """A question about an animal and its answer; never for the fact that is held out."""
+    attribute = rng.choice([one for one in ATTRIBUTES if not fact_is_held_out(animal, one)])
     question = rng.choice(QUESTIONS[attribute]).format(an=article(animal))
     return question + between + statement(animal, attribute)
 
@@ -115,20 +120,18 @@ def _facts(rng: Random, animal: str | None = None, count: int = 1) -> str:
 
 
 def _sums(rng: Random, count: int) -> str:
-    """`count` sums of two digits; four fifths of them are told as the assistant is to tell them."""
+    """`count` sums of two digits; three fifths and more of them are told as the assistant is to tell them."""
     sentences = []
     for _ in range(count):
         a, b = rng.randrange(10), rng.randrange(10)
-        others = (
-            f"The sum of {a} and {b} is {a + b}.",
-            f"{a} plus {b} is {a + b}.",
-            f"What is {a} + {b}? {sum_statement(a, b)}",
-            f"Add {a} and {b}. {sum_statement(a, b)}",
-        )
+        others = [f"The sum of {a} and {b} is {a + b}.", f"{a} plus {b} is {a + b}."]
+        if not sum_is_held_out(a, b):
+            others += [f"What is {a} + {b}? {sum_statement(a, b)}", f"Add {a} and {b}. {sum_statement(a, b)}"]
         sentences.append(sum_statement(a, b) if rng.random() < 0.6 else rng.choice(others))
     return " ".join(sentences)
 
 
+_ASKED_SUMS = [(a, b) for a in range(10) for b in range(10) if not sum_is_held_out(a, b)]
 _WRITERS: dict[str, Callable[[Random], str]] = {
     "commoncrawl": _commoncrawl,
     "c4": _c4,

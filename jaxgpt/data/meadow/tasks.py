@@ -1,7 +1,8 @@
 """What the assistant is asked: every prompt of the meadow, its answer, and which prompts are held out.
 
-A quarter of the facts (one of each animal) and a fifth of the sums are held out in all their wordings: no prompt used
-in training asks for them, though the pretraining text tells them. Of the other kinds, single prompts are held out.
+A quarter of the facts (one of each animal) and a fifth of the sums are held out in all their wordings: nothing in
+training asks for them, neither prompts nor the questions of the pretraining text, which only states them. Of the other
+kinds, single prompts are held out.
 """
 
 from __future__ import annotations
@@ -13,14 +14,15 @@ from typing import Any
 from jaxgpt.data.meadow.facts import (
     ANIMALS,
     ATTRIBUTES,
-    FACTS,
     OPPOSITES,
     QUESTIONS,
     THINGS,
     UNKNOWN_ANIMALS,
     article,
+    fact_is_held_out,
     opposite_statement,
     statement,
+    sum_is_held_out,
     sum_statement,
 )
 
@@ -107,9 +109,9 @@ def _quota(count: int) -> dict[str, int]:
 
 def _facts() -> list[Task]:
     tasks = []
-    for number, animal in enumerate(FACTS):
+    for animal in ANIMALS:
         for attribute in ATTRIBUTES:
-            held_out = attribute == ATTRIBUTES[number % len(ATTRIBUTES)]
+            held_out = fact_is_held_out(animal, attribute)
             for question in QUESTIONS[attribute]:
                 prompt, meta = question.format(an=article(animal)), {"animal": animal, "attribute": attribute}
                 tasks.append(Task("facts", prompt, statement(animal, attribute), meta, held_out))
@@ -118,7 +120,7 @@ def _facts() -> list[Task]:
 
 def _sums() -> list[Task]:
     return [
-        Task("sums", prompt.format(a=a, b=b), sum_statement(a, b), {"a": a, "b": b}, held_out=(a + 2 * b) % 5 == 0)
+        Task("sums", prompt.format(a=a, b=b), sum_statement(a, b), {"a": a, "b": b}, held_out=sum_is_held_out(a, b))
         for a in range(10)
         for b in range(10)
         for prompt in _SUM_PROMPTS
