@@ -11,13 +11,14 @@ import pytest
 from tiny_run import CONTEXT, VOCAB, load_once, make_run
 
 import jaxgpt
-from jaxgpt.api import Model, find_stage
+from jaxgpt.api import Model
 from jaxgpt.config.schema import MeshConfig
 from jaxgpt.data.chat import render
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.templates import read_template
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.runs import find_stage
 
 ROWS = [[1, 40, 41, 42, 43], [1, 44], [1, 45, 46]]
 LENGTHS = [5, 2, 3]
@@ -267,7 +268,7 @@ def test_scores_are_read_at_the_last_token_alone_or_together(reward):
         (lambda m: m.logits([]), "there are no rows"),
         (lambda m: m.logits(ROWS, lengths=[5, 2]), "there are 2 lengths for 3 rows"),
         (lambda m: m.chat("hello"), "found 'hello', expected messages"),
-        (lambda m: m.chat([["hello"]]), "expected messages"),
+        (lambda m: m.chat([["hello"]]), "conversation 0.0. is 'hello', expected an object"),
         (lambda m: m.score(ANSWERED), "holds a language model; score needs a reward model"),
     ],
 )

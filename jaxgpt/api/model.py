@@ -148,13 +148,12 @@ class Model:
         """
         self._needs("language", "generate")
         words = (stop,) if isinstance(stop, str) and stop else stop
-        sampling = _Sampling(max_tokens, temperature, seed, top_k, top_p, words, every)
-        _check_sampling(sampling)
+        sampling = _checked(_Sampling(max_tokens, temperature, seed, top_k, top_p, words, every))
         texts = [prompts] if isinstance(prompts, str) else prompts
         given = [self.encode(p) or [self.tokenizer.start] if isinstance(p, str) else p for p in texts]
         rows = ragged(given, lengths, self.vocab, "prompt")
         longest = max(map(len, rows), default=0)
-        if longest + max_tokens > self.config.context:
+        if longest + sampling.max_tokens > self.config.context:
             at = next(i for i, row in enumerate(rows) if len(row) == longest)
             raise UserError(
                 f"prompt {at} has {longest} tokens, which with max_tokens {max_tokens} exceeds the model's context of "
@@ -309,8 +308,8 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _check_sampling(s: _Sampling) -> None:
-    """Raises UserError for the first argument that cannot be used."""
+def _checked(s: _Sampling) -> _Sampling:
+    """The settings with Python's own numbers. Raises UserError for the first that cannot be used."""
     warm = _is_number(s.temperature) and 0.0 <= s.temperature < math.inf
     texts = isinstance(s.stop, Sequence) and all(isinstance(word, str) for word in s.stop)
     problems = {
@@ -328,3 +327,5 @@ def _check_sampling(s: _Sampling) -> None:
     for problem, found in problems.items():
         if found:
             raise UserError(problem)
+    top_k = None if s.top_k is None else int(s.top_k)
+    return s._replace(max_tokens=int(s.max_tokens), seed=int(s.seed), top_k=top_k, every=int(s.every))
