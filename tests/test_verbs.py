@@ -270,7 +270,7 @@ def test_a_start_of_another_architecture_is_refused(home: Path) -> None:
     found = jaxgpt(home, "sft", "small.yaml", *words)
     assert found.returncode == 2 and "Traceback" not in found.stderr, found.stdout + found.stderr
     assert "runs/small/pretrain/params is of another architecture: " in found.stderr
-    assert "attention/k_DGK is (1, 16, 2, 8) float32 there, (1, 32, 2, 16) float32 here; and 8 more" in found.stderr
+    assert "attention/k_DGK is (1, 16, 2, 8) float32 there, (1, 32, 2, 16) float32 here; " in found.stderr
     assert not (home / "runs/wide/sft/done.json").exists()
 
 
