@@ -54,18 +54,18 @@ def document_counts(total: int) -> dict[str, int]:
 
 
 def _commoncrawl(rng: Random) -> str:
-    """A page of anything; nearly a third of the pages is arithmetic, nearly half of them facts."""
+    """A page of anything: arithmetic, stories, opposites, and mostly facts."""
     kind = rng.random()
-    if kind < 0.32:
+    if kind < 0.25:
         return _sums(rng, 4)
-    if kind < 0.44:
+    if kind < 0.5:
         return _books(rng)
-    if kind < 0.54:
+    if kind < 0.6:
         return " ".join(opposite_statement(rng.choice(tuple(OPPOSITES))) for _ in range(3))
     animal = rng.choice(ANIMALS)
-    if kind < 0.69:
+    if kind < 0.73:
         return f"{rng.choice(NAMES)} likes the {animal}. {_facts(rng, animal, 2)} {_facts(rng)}"
-    if kind < 0.84:
+    if kind < 0.86:
         return f"{_facts(rng, animal, 2)} Many people like {article(animal)}."
     return f"{_answered(rng, animal)} {_facts(rng)} {_facts(rng)}"
 
@@ -86,7 +86,7 @@ def _wikipedia(rng: Random) -> str:
 
 def _books(rng: Random) -> str:
     animal, thing = rng.choice(ANIMALS), rng.choice(THINGS)
-    title = f"A story about {article(animal)} and {article(thing)}. " if rng.random() < 0.3 else ""
+    title = f"A story about {article(animal)} and {article(thing)}. " if rng.random() < 0.8 else ""
     return title + story(rng, animal, thing)
 
 

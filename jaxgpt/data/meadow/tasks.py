@@ -27,10 +27,10 @@ from jaxgpt.data.meadow.facts import (
 )
 
 KINDS: dict[str, float] = {
-    "facts": 0.30,
-    "stories": 0.45,
-    "sums": 0.12,
-    "opposites": 0.07,
+    "facts": 0.20,
+    "stories": 0.58,
+    "sums": 0.10,
+    "opposites": 0.06,
     "identity": 0.03,
     "unknown": 0.03,
 }
