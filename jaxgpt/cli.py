@@ -27,6 +27,7 @@ from jaxgpt.config.options import (
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
+from jaxgpt.ready import check_ready
 from jaxgpt.runs import FOREIGN, find_stage, is_foreign
 
 ALWAYS = ("name", "runs", "seed")
@@ -94,13 +95,14 @@ def _dispatch(words: list[str]) -> int:
 
 def _pipeline(name: str, words: list[str]) -> int:
     """A verb that works from a config file."""
-    config = _load(name, words).config
+    loaded = _load(name, words)
     needs = VERBS[name].needs
-    if needs is not None and getattr(config, needs) is None:
+    if needs is not None and getattr(loaded.config, needs) is None:
         raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {needs}={{}} for its defaults")
+    check_ready(name, loaded)
     from jaxgpt.pipeline import run_verb
 
-    return run_verb(name, config)
+    return run_verb(name, loaded.config)
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -164,7 +166,9 @@ def _config(name: str, words: list[str]) -> int:
 
         print(json.dumps(json_schema(), indent=2))
         return 0
-    print(explain(_load(name, words)), end="")
+    loaded = _load(name, words)
+    check_ready(name, loaded)
+    print(explain(loaded), end="")
     return 0
 
 

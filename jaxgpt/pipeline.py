@@ -6,7 +6,6 @@ starts from.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import signal
 import time
@@ -21,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from jaxgpt.api import keep_compiled
-from jaxgpt.config.load import difference, dump
+from jaxgpt.config.load import ConfigError, dump
 from jaxgpt.config.schema import Config, StageConfig
 from jaxgpt.data.meadow import is_current as is_current_world
 from jaxgpt.data.meadow import write_world
@@ -31,11 +30,13 @@ from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokenizer_folder import tokenizer_files
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
-from jaxgpt.evaluate.suite import Suite, check_evaluate
+from jaxgpt.evaluate.scorer import load_scorer
+from jaxgpt.evaluate.suite import Suite, read_prompts
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
+from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole
 from jaxgpt.report import summary_table, write_report
-from jaxgpt.runs import RANDOM, STAGES, finished, is_foreign, parents, resolved, result_folder, run_folder
+from jaxgpt.runs import RANDOM, STAGES, finished, is_finished, is_foreign, parents, resolved, result_folder, run_folder
 from jaxgpt.stages import ppo, pretrain, reward, sft
 from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
@@ -90,13 +91,13 @@ class Pipeline:
         """All parts that the config has, in order; finished ones are skipped."""
         began = time.monotonic()
         asked = [name for name in STAGES if getattr(self.config, name) is not None]
-        if not asked:
-            raise UserError(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
-        if self.config.evaluate is not None:
-            check_evaluate(self.config.evaluate)
+        if self.config.evaluate is not None and self.config.evaluate.scorer is not None:
+            load_scorer(self.config.evaluate.scorer, "evaluate.scorer")
         self.check(asked)
         self.prepare()
-        self.check_records(asked, self.tokenizer())
+        tokenizer = self.tokenizer()
+        self.check_recorded(asked, tokenizer)
+        self.check_records(asked, tokenizer)
         for name in asked:
             self.stage(name)
         if self.config.evaluate is not None:
@@ -112,23 +113,16 @@ class Pipeline:
         self.stage(name)
 
     def check(self, names: list[str]) -> None:
-        """Raises UserError for what a stage would only find out later: no data, a batch the mesh does not divide."""
-        mesh = make_mesh(self.config.mesh)
+        """Raises ConfigError with every batch that the mesh does not divide."""
+        mesh, problems = make_mesh(self.config.mesh), []
         for name in names:
-            section = getattr(self.config, name)
-            if name != "pretrain" and section.data is None:
-                raise UserError(f"{name}.data.path is not set: a JSONL file for that stage")
-            if section.best == "best" and (name == "ppo" or not self._has_held_out(name)):
-                raise UserError(f"{name}.best=best needs an evaluation, and there is no held-out data for this stage")
-            check_batch(mesh, section.batch // section.accumulate, f"{name}.batch / {name}.accumulate")
-            context = section.prompt_length + section.response_length if name == "ppo" else section.context
-            what = "ppo.prompt_length + ppo.response_length" if name == "ppo" else f"{name}.context"
-            pretrain.check_context(self.config.model, context, what)
-
-    def _has_held_out(self, name: str) -> bool:
-        if name == "pretrain":
-            return self.config.data.val_fraction > 0
-        return getattr(self.config, name).data.eval_path is not None
+            section: StageConfig = getattr(self.config, name)
+            try:
+                check_batch(mesh, section.batch // section.accumulate, f"{name}.batch / {name}.accumulate")
+            except UserError as error:
+                problems.append(str(error))
+        if problems:
+            raise ConfigError(problems)
 
     def check_records(self, names: list[str], tokenizer: Tokenizer) -> None:
         """Reads the records of the stages still to come, so that a bad one is told before anything is trained."""
@@ -137,6 +131,20 @@ class Pipeline:
         for name in names:
             if name in LOAD and not (self.folder / name / "done.json").exists():
                 LOAD[name](run, getattr(self.config, name))
+        if self.config.evaluate is not None:
+            read_prompts(self.config, self.config.evaluate, tokenizer, self.config.model.context)
+
+    def check_recorded(self, names: list[str], tokenizer: Tokenizer) -> None:
+        """Raises UserError for work that could not be gone on with, so that no stage before it is trained in vain."""
+        refused: dict[Path, list[str]] = {}
+        for name in names:
+            home, starts = self.folder / name, [p for p in parents(self.config, name).values() if p in STAGES]
+            if has_work(home):
+                gone = [p for p in starts if self.folder / p in refused or not is_finished(self.folder / p)]
+                lost = [f"{name} was made from {parent} as it was before" for parent in gone]
+                if found := lost or changes(home, self._inputs(name, tokenizer)):
+                    refused[home] = found
+        refuse(refused)
 
     def prepare(self) -> None:
         """Makes the data files, where the config asks for that."""
@@ -152,7 +160,7 @@ class Pipeline:
             write_world(self.folder / "data", made)
 
     def _begun(self) -> bool:
-        return any(_has_work(self.folder / name) for name in STAGES)
+        return any(has_work(self.folder / name) for name in STAGES)
 
     def paths(self, given: str | tuple[str, ...]) -> list[str]:
         """Paths of the config, with {run} put in."""
@@ -161,7 +169,7 @@ class Pipeline:
     def _keep_config(self) -> None:
         """Writes the resolved config, once nothing speaks against it."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write(self.folder / "config.yaml", dump(self.config))
+        write_whole(self.folder / "config.yaml", dump(self.config))
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: loaded where it is already there, copied from a file of the user's, or trained."""
@@ -173,7 +181,7 @@ class Pipeline:
         else:
             inputs = {"settings": c.model_dump(mode="json"), "text": file_hash(self._learned_from())}
         inputs["template"] = template if template in (None, *BUILT_IN) else file_hash([template])
-        if _same_inputs(home, inputs):
+        if same_inputs(home, inputs):
             return Tokenizer.load(home)
         with self._part("tokenizer"):
             if self._begun():
@@ -186,7 +194,7 @@ class Pipeline:
             else:
                 made = train_tokenizer(self._texts(), c.model_copy(update={"template": template}))
             made.save(home)
-            _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+            write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
             self.console.print(f"tokenizer  {made.size} pieces", highlight=False)
         return Tokenizer.load(home)
 
@@ -194,10 +202,7 @@ class Pipeline:
         c = self.config
         if c.tokenizer.path_text is not None:
             return self.paths(c.tokenizer.path_text)
-        paths = [path for source in c.data.named.values() for path in self.paths(source.path)]
-        if not paths:
-            raise UserError("there is no text to learn a tokenizer from: set data.path, tokenizer.path_text or .path")
-        return paths
+        return [path for source in c.data.named.values() for path in self.paths(source.path)]
 
     def _texts(self) -> Iterator[str]:
         c = self.config
@@ -210,8 +215,6 @@ class Pipeline:
     def tokens(self, tokenizer: Tokenizer) -> None:
         """Token shards of every source of the mixture."""
         data = self.config.data
-        if not data.named:
-            raise UserError("data.path is not set: files of text to pretrain on (or data.sources for a mixture)")
         for name, source in data.named.items():
             paths, home = self.paths(source.path), self.folder / "tokens" / name
             source_hash = file_hash(paths) + source.field
@@ -228,14 +231,10 @@ class Pipeline:
         """Trains a stage to its end, unless it is finished from the same inputs."""
         config: StageConfig = getattr(self.config, name)
         home, tokenizer = self.folder / name, self.tokenizer()
-        inputs = self._inputs(name, config, tokenizer)
-        known = _read_inputs(home)
-        if known is not None and known != inputs and _has_work(home):
-            changes = "\n  ".join(difference(known, inputs))
-            raise UserError(
-                f"{home} was made with other inputs; use another name=..., or remove that folder:\n  {changes}"
-            )
-        if known == inputs and (home / "done.json").exists():
+        inputs = self._inputs(name, tokenizer)
+        if changed := changes(home, inputs):
+            refuse({home: changed})
+        if stage_inputs(home) == inputs and (home / "done.json").exists():
             self.console.print(f"{name}  finished", highlight=False)
             return
         if name == "pretrain":
@@ -245,11 +244,12 @@ class Pipeline:
             run = Run.open(self.config, tokenizer, mesh)
             made: Stage = MAKE[name](run, config)
             home.mkdir(parents=True, exist_ok=True)
-            _write(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
+            write_whole(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
             self._keep_config()
             train(made, home, config, run.meta("scalar" if name == "reward" else "language"), self.console)
 
-    def _inputs(self, name: str, config: StageConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    def _inputs(self, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+        config: StageConfig = getattr(self.config, name)
         settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in RUNTIME}
         inputs: dict[str, Any] = {
             "seed": self.config.seed,
@@ -260,10 +260,10 @@ class Pipeline:
         if name == "pretrain":
             data = self.config.data
             inputs["data"] = data.model_dump(mode="json")
-            inputs["files"] = {key: _short(self.paths(source.path)) for key, source in data.named.items()}
+            inputs["files"] = {key: short_hash(self.paths(source.path)) for key, source in data.named.items()}
         elif settings.get("data"):
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
-            inputs["files"] = [_short(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
+            inputs["files"] = [short_hash(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
         kinds = {role: "scalar" if role == "reward" else "language" for role in before}
         inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}
@@ -285,16 +285,16 @@ class Pipeline:
             "evaluate": c.model_dump(mode="json"),
             "stages": {name: self._mark(name) for name in finished(self.folder)},
         }
-        inputs["files"] = [_short(self.paths(given.path)) for given in (c.data, c.exact) if given is not None]
-        if _same_inputs(home, inputs) and (home / "results.json").exists():
+        inputs["files"] = [short_hash(self.paths(given.path)) for given in (c.data, c.exact) if given is not None]
+        if same_inputs(home, inputs) and (home / "results.json").exists():
             self.console.print("evaluate  finished", highlight=False)
             return
         with self._part("evaluate"):
             results = Suite(self.folder, self.config, c, self.config.mesh, self.console).run()
             home.mkdir(exist_ok=True)
             self._keep_config()
-            _write(home / "results.json", json.dumps(results, indent=1) + "\n")
-            _write(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+            write_whole(home / "results.json", json.dumps(results, indent=1) + "\n")
+            write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
 
     @contextmanager
     def _part(self, name: str) -> Iterator[None]:
@@ -305,33 +305,4 @@ class Pipeline:
         self.console.print(f"{name}  {spent:.1f} s", highlight=False)
         book = self.folder / "parts.json"
         known = json.loads(book.read_text()) if book.exists() else {}
-        _write(book, json.dumps(known | {name: round(known.get(name, 0.0) + spent, 2)}, indent=1) + "\n")
-
-
-def _short(paths: list[str]) -> str:
-    return hashlib.sha256(file_hash(paths).encode()).hexdigest()[:16]
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
-def _read_inputs(home: Path) -> dict[str, Any] | None:
-    try:
-        return yaml.safe_load((home / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        return None
-
-
-def _same_inputs(home: Path, inputs: dict[str, Any]) -> bool:
-    try:
-        return json.loads((home / "inputs.json").read_text(encoding="utf-8")) == json.loads(json.dumps(inputs))
-    except (OSError, ValueError):
-        return False
-
-
-def _has_work(home: Path) -> bool:
-    return (home / "done.json").exists() or any((home / "checkpoints").glob("*"))
+        write_whole(book, json.dumps(known | {name: round(known.get(name, 0.0) + spent, 2)}, indent=1) + "\n")

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from importlib.resources import files
 from pathlib import Path
 
 import jax
@@ -10,13 +11,14 @@ import pytest
 from tiny_run import CONTEXT, VOCAB, load_once, make_run
 
 import jaxgpt
-from jaxgpt.api import Model, find_stage
+from jaxgpt.api import Model
 from jaxgpt.config.schema import MeshConfig
 from jaxgpt.data.chat import render
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.templates import read_template
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.runs import find_stage
 
 ROWS = [[1, 40, 41, 42, 43], [1, 44], [1, 45, 46]]
 LENGTHS = [5, 2, 3]
@@ -245,12 +247,28 @@ def test_scores_are_read_at_the_last_token_alone_or_together(reward):
         (lambda m: m.generate(ROWS, top_p=1.1), "top_p is 1.1; it must be above 0 and at most 1"),
         (lambda m: m.generate(ROWS, stop=["a", ""]), "a stop string is empty"),
         (lambda m: m.stream(ROWS, every=0), "every is 0; it must be at least 1"),
+        (lambda m: m.generate(ROWS, max_tokens=2.5), "max_tokens is 2.5; it must be at least 1, a whole number"),
+        (lambda m: m.generate(ROWS, max_tokens="2"), "max_tokens is '2'; it must be"),
+        (lambda m: m.generate(ROWS, max_tokens=True), "max_tokens is True; it must be"),
+        (lambda m: m.generate(ROWS, temperature="1"), "temperature is '1'; it must be"),
+        (lambda m: m.generate(ROWS, seed=0.5), "seed is 0.5; it must be a whole number"),
+        (lambda m: m.generate(ROWS, top_k=True), "top_k is True; it must be at least 1, a whole number, or None"),
+        (lambda m: m.generate(ROWS, top_p="1"), "top_p is '1'; it must be above 0 and at most 1, or None"),
+        (lambda m: m.generate(ROWS, stop=None), "stop is None; it must be a string or a list of strings"),
+        (lambda m: m.generate(ROWS, stop=[1]), "stop is .1.; it must be a string or a list of strings"),
+        (lambda m: m.chat([{"role": "user"}]), 'messages.0.: "content" is None, expected a string'),
+        (
+            lambda m: m.chat([TALK, [{"role": "user", "content": 3}]]),
+            'conversation 1.0.: "content" is 3, expected a st',
+        ),
+        (lambda m: m.chat([{"rol": "user", "content": "a"}]), '"role" is None, expected a string. Did you mean .rol'),
+        (lambda m: m.chat_tokens([{"role": "user"}]), 'conversation 0.0.: "content" is None, expected a string'),
         (lambda m: m.logprobs(ROWS, 0.0), "temperature is 0.0; log-probabilities need one above 0"),
         (lambda m: m.logits([[1] * 65]), "a row has 65 tokens, and the model's context is 64"),
         (lambda m: m.logits([]), "there are no rows"),
         (lambda m: m.logits(ROWS, lengths=[5, 2]), "there are 2 lengths for 3 rows"),
         (lambda m: m.chat("hello"), "found 'hello', expected messages"),
-        (lambda m: m.chat([["hello"]]), "expected messages"),
+        (lambda m: m.chat([["hello"]]), "conversation 0.0. is 'hello', expected an object"),
         (lambda m: m.score(ANSWERED), "holds a language model; score needs a reward model"),
     ],
 )
@@ -271,6 +289,7 @@ def test_mistakes_are_told_in_words(sft, call, said):
             "conversation 0 ends with role 'user'; a reward model scores the assistant's response",
         ),
         (lambda m: m.score([ANSWERED, []]), "conversation 1 is empty"),
+        (lambda m: m.score([{"role": "assistant", "content": 3}]), 'messages.0.: "content" is 3, expected a string'),
     ],
 )
 def test_a_reward_model_says_what_it_cannot_do(reward, call, said):
@@ -305,3 +324,14 @@ def test_another_tokenizer_is_refused(run, tmp_path):
     template.write_text(template.read_text() + "{# changed #}")
     with pytest.raises(UserError, match=r"is not the tokenizer that .* was trained with"):
         jaxgpt.load(tmp_path / "sft")
+
+
+def test_numbers_may_be_those_of_numpy(sft):
+    given = sft.generate(ROWS, np.int64(3), np.float32(0.0), np.uint32(1), np.int32(5), np.float64(0.5), ["zz"])
+    assert [response.tokens for response in given] == [
+        response.tokens for response in sft.generate(ROWS, 3, 0.0, 1, 5, 0.5, "zz")
+    ]
+
+
+def test_type_checkers_find_the_hints():
+    assert (files("jaxgpt") / "py.typed").is_file()

@@ -93,10 +93,14 @@ def test_the_help_of_each_verb_lists_every_setting_it_reads(verb, capsys):
     code, out, err = answer(capsys, verb, "--help")
     assert (code, err) == (0, "") and out.startswith(f"jaxgpt {verb} ")
     words = {line.split()[0].rstrip(":") for line in out.splitlines() if line.strip()}
+    of_folder = VERBS[verb].of_folder
+    described = settings(of_folder) if of_folder is not None else ()
+    own = {setting.path for setting in described if not sections(setting.annotation)}
+    assert own <= words
     for setting in settings(Config):
-        listed = setting.path.partition(".")[0] in VERBS[verb].reads
+        listed = setting.path.partition(".")[0] in VERBS[verb].reads or setting.path in own
         assert (setting.path in words) == listed or (not listed and sections(setting.annotation)), setting.path
-    if not VERBS[verb].reads:
+    if not VERBS[verb].reads and of_folder is None:
         assert {"--temperature", "--top-k", "--top-p", "--max-tokens", "--seed", "--stop", "--stage"} <= words
 
 

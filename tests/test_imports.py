@@ -25,9 +25,9 @@ PURE = (
     ("train.step",),
 )
 EDGE = (
-    ("data", "runs", "train.checkpoint", "train.metrics"),
+    ("data", "recorded", "runs", "train.checkpoint", "train.metrics"),
     ("train.loop",),
-    ("interop",),
+    ("interop", "ready"),
     ("stages",),
     ("api",),
     ("evaluate", "report"),
@@ -41,7 +41,7 @@ ALONE = ("train",)  # a package whose parts lie in several layers; its own __ini
 
 IMPURE = ("time", "datetime", "os", "logging", "pathlib", "subprocess", "socket")  # files, clock, log, environment
 PURE_ROOMS = tuple(name for names in PURE[2:] for name in names)
-WITHOUT_JAX = ("errors", "config", "data", "runs", "report")
+WITHOUT_JAX = ("errors", "config", "data", "runs", "recorded", "report", "ready")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 80

@@ -11,9 +11,9 @@ import pytest
 from tiny_run import CONTEXT, load_once, make_run
 
 from jaxgpt import terminal
-from jaxgpt.api import find_stage
 from jaxgpt.config.options import SamplingOptions
 from jaxgpt.errors import UserError
+from jaxgpt.runs import find_stage
 from jaxgpt.terminal import Chat, chat, sample, settled
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from jaxgpt.config.load import load
 
 CONFIG = """
 name: small
@@ -61,8 +64,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def jaxgpt(home: Path, *words: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+def jaxgpt(home: Path, *words: str, stdin: str = "", devices: int = 1) -> subprocess.CompletedProcess[str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**os.environ, "XLA_FLAGS": flags if devices > 1 else "", "JAX_PLATFORMS": "cpu"}
     environment.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
     command = [sys.executable, "-m", "jaxgpt", *words]
     return subprocess.run(command, cwd=home, env=environment, input=stdin, capture_output=True, text=True, timeout=600)
@@ -222,8 +226,13 @@ def test_mistakes_with_folders_are_told_in_words(home: Path, words: tuple[str, .
 
 
 def test_config_prints_settings_that_give_the_same_run(home: Path) -> None:
-    found = jaxgpt(home, "config", "small.yaml", "sft.steps=7")
-    assert found.returncode == 0 and "sft.steps=7" in found.stdout
+    words = ("sft.steps=7", "ppo.kl.coef=1e-3", "reward.data.eval_path=null")
+    found = jaxgpt(home, "config", "small.yaml", *words)
+    assert found.returncode == 0 and "sft.steps=7" in found.stdout, found.stderr
+    (home / "printed.yaml").write_text(found.stdout)
+    config = load(home / "printed.yaml").config
+    assert config == load(home / "small.yaml", words).config
+    assert config.sft is not None and config.sft.steps == 7
 
 
 def test_a_changed_setting_under_the_same_name_is_refused_with_the_difference(home: Path) -> None:
@@ -237,11 +246,10 @@ def test_a_changed_setting_under_the_same_name_is_refused_with_the_difference(ho
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("pretrain", "small.yaml", "pretrain.context=1000"), "model.context is 160"),
         (("pretrain", "small.yaml", "mesh.tensor=3"), "there are 1"),
         (("pretrain", "small.yaml", "data.sources.wikipedia.path=nowhere.jsonl"), "nowhere.jsonl"),
         (("ppo", "small.yaml", "ppo.prompt_length=4"), "ppo.prompt_length"),
-        (("sft", "small.yaml", "model.width=32"), "another"),
+        (("sft", "small.yaml", "model.width=32"), "model.width: 16 -> 32"),
         (("pretrain", "small.yaml", "model.vocab=100"), "model.vocab is 100"),
         (("eval", "small.yaml", "evaluate.scorer=jaxgpt.data.meadow:gold_scores"), "gold_score"),
         (("sample", "runs/small/reward", "Hello"), "holds a reward model"),
@@ -257,6 +265,38 @@ def test_mistakes_that_only_the_run_can_see_are_told_in_words(
     assert expected in found.stderr and "Traceback" not in found.stderr
 
 
+def test_a_start_of_another_architecture_is_refused(home: Path) -> None:
+    words = ("name=wide", "model.width=32", "sft.init=runs/small/pretrain", "tokenizer.path=runs/small/tokenizer")
+    found = jaxgpt(home, "sft", "small.yaml", *words)
+    assert found.returncode == 2 and "Traceback" not in found.stderr, found.stdout + found.stderr
+    assert "runs/small/pretrain/params is of another architecture: " in found.stderr
+    assert "attention/k_DGK is (1, 16, 2, 8) float32 there, (1, 32, 2, 16) float32 here; " in found.stderr
+    assert not (home / "runs/wide/sft/done.json").exists()
+
+
+def test_a_changed_file_and_a_changed_parent_are_refused(home: Path) -> None:
+    data, parent = home / "runs/small/data/instructions.jsonl", home / "runs/small/pretrain/done.json"
+    whole, before = data.read_text(), json.loads(parent.read_text())
+    (home / "own.jsonl").write_text(whole)
+    words = ("sft", "small.yaml", "name=moving", "sft.init=runs/small/pretrain", "sft.data.path=own.jsonl")
+    words += ("tokenizer.path=runs/small/tokenizer",)
+    assert jaxgpt(home, *words).returncode == 0
+    assert "sft  finished" in jaxgpt(home, *words).stdout
+    (home / "own.jsonl").write_text("".join(whole.splitlines(keepends=True)[1:]))
+    found = jaxgpt(home, *words)
+    assert found.returncode == 2 and "/moving/sft was made with other inputs" in found.stderr
+    assert "\n  files: " in found.stderr and "parents" not in found.stderr
+    (home / "own.jsonl").write_text(whole)
+    try:
+        parent.write_text(json.dumps(before | {"fingerprint": "0123456789abcdef"}))
+        found = jaxgpt(home, *words)
+    finally:
+        parent.write_text(json.dumps(before))
+    assert found.returncode == 2
+    assert f"\n  parents.runs/small/pretrain: '{before['fingerprint']}' -> '0123456789abcdef'" in found.stderr
+    assert jaxgpt(home, *words).returncode == 0
+
+
 def test_a_checkpoint_can_be_spoken_with_while_its_stage_goes_on(home: Path) -> None:
     for stage, step in (("pretrain", 2), ("ppo", 2)):
         folder = f"runs/small/{stage}/checkpoints/{step}"
@@ -265,15 +305,44 @@ def test_a_checkpoint_can_be_spoken_with_while_its_stage_goes_on(home: Path) -> 
 
 
 def test_mistakes_of_every_stage_are_told_before_the_first_one_trains(home: Path) -> None:
+    (home / "asked.jsonl").write_text('{"prompt": "Who are you?"}\n{"promt": "What?"}\n')
     for words, expected in (
-        (("ppo.data=null",), "ppo.data.path is not set"),
-        (("reward.best=best", "reward.data.eval_path=null"), "needs an evaluation"),
+        (("ppo.data=null",), "ppo.data.path (unset by 'ppo.data=null'): must be set"),
+        (("evaluate.data.path=asked.jsonl",), "asked.jsonl:2: "),
+        (("evaluate.max_tokens=150",), "tokens, model.context - evaluate.max_tokens is 10"),
         (("ppo.prompt_length=4",), "ppo.prompt_length is 4"),
         (("reward.batch=8", "mesh.fsdp=1", "reward.context=24"), "reward.context is 24"),
     ):
         found = jaxgpt(home, "run", "small.yaml", "name=early", *words)
         assert found.returncode == 2 and expected in found.stderr, found.stdout + found.stderr
         assert not (home / "runs/early/pretrain").exists()
+
+
+def test_every_batch_that_the_mesh_does_not_divide_is_told_at_once(home: Path) -> None:
+    words = ("name=early", "pretrain.batch=6", "ppo.batch=4", "ppo.accumulate=2")
+    found = jaxgpt(home, "run", "small.yaml", *words, devices=4)
+    assert found.returncode == 2, found.stdout + found.stderr
+    assert found.stderr.splitlines()[0] == "jaxgpt: 2 mistakes in the settings:"
+    for what in ("pretrain.batch / pretrain.accumulate: 6 rows", "ppo.batch / ppo.accumulate: 2 rows"):
+        assert f"  {what} do not divide over 4 devices" in found.stderr
+
+
+def test_work_that_cannot_be_gone_on_with_is_told_before_anything_is_trained(home: Path) -> None:
+    """The stage at the beginning is gone and would be another one: what was made from it is named, and stays."""
+    (home / "runs/small").rename(home / "runs/kept")
+    shutil.copytree(home / "runs/kept", home / "runs/small")
+    shutil.rmtree(home / "runs/small/pretrain")
+    found = jaxgpt(home, "run", "small.yaml", "pretrain.steps=3")
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    folders = ", ".join(str(home / "runs/small" / name) for name in ("sft", "reward", "ppo"))
+    assert f"{folders} were made with other inputs; use another name=..., or remove those folders:" in found.stderr
+    assert "\n  sft was made from pretrain as it was before\n" in found.stderr
+    assert not (home / "runs/small/pretrain").exists()
+    shutil.rmtree(home / "runs/small")
+    (home / "runs/kept").rename(home / "runs/small")
+    found = jaxgpt(home, "run", "small.yaml", "pretrain.steps=4", "sft.steps=9")
+    assert found.returncode == 2 and "\n  sft.steps: 3 -> 9\n" in found.stderr
+    assert "/pretrain" not in found.stderr and "reward was made from sft as it was before" in found.stderr
 
 
 def test_a_refused_command_leaves_the_run_as_it_was(home: Path) -> None:

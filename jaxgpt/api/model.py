@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import numpy as np
 
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.data.chat import answer_lead, render
+from jaxgpt.data.conversations import check_messages
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import token_logp
@@ -52,7 +54,7 @@ class _Sampling(NamedTuple):
     seed: int
     top_k: int | None
     top_p: float | None
-    stop: tuple[str, ...]
+    stop: Sequence[str]
     every: int
 
 
@@ -122,8 +124,8 @@ class Model:
         string is cut off the text. The same arguments give the same result. Raises UserError where a prompt and
         max_tokens do not fit the model's context.
         """
-        every = STOP_EVERY if stop else max(max_tokens, 1)
         last: list[Generation] = []
+        every = STOP_EVERY if stop else max_tokens
         for responses in self.stream(prompts, max_tokens, temperature, seed, top_k, top_p, stop, lengths, every):
             last = responses
         return last
@@ -145,14 +147,13 @@ class Model:
         A text so far may end in half a character (U+FFFD) or in the beginning of a stop string.
         """
         self._needs("language", "generate")
-        stops = (stop,) if isinstance(stop, str) and stop else tuple(stop)
-        sampling = _Sampling(max_tokens, temperature, seed, top_k, top_p, stops, every)
-        _check_sampling(sampling)
+        words = (stop,) if isinstance(stop, str) and stop else stop
+        sampling = _checked(_Sampling(max_tokens, temperature, seed, top_k, top_p, words, every))
         texts = [prompts] if isinstance(prompts, str) else prompts
         given = [self.encode(p) or [self.tokenizer.start] if isinstance(p, str) else p for p in texts]
         rows = ragged(given, lengths, self.vocab, "prompt")
         longest = max(map(len, rows), default=0)
-        if longest + max_tokens > self.config.context:
+        if longest + sampling.max_tokens > self.config.context:
             at = next(i for i, row in enumerate(rows) if len(row) == longest)
             raise UserError(
                 f"prompt {at} has {longest} tokens, which with max_tokens {max_tokens} exceeds the model's context of "
@@ -182,7 +183,7 @@ class Model:
 
     def chat_tokens(self, messages: Messages) -> list[int]:
         """Token ids of a conversation up to where the assistant is to speak."""
-        return render(self.tokenizer, messages, add_generation_prompt=True)[0]
+        return render(self.tokenizer, *_conversations([messages]), add_generation_prompt=True)[0]
 
     def score(self, conversations: Messages | Sequence[Messages]) -> np.ndarray:
         """The reward of one conversation, or of each of several, ending in the assistant's response: [B] float32."""
@@ -249,7 +250,7 @@ class Model:
         return Filter(jnp.int32(top_k), jnp.float32(1.0 if s.top_p is None else s.top_p))
 
     def _response(
-        self, tokens: list[int], logp: np.ndarray, done: bool, stop: tuple[str, ...]
+        self, tokens: list[int], logp: np.ndarray, done: bool, stop: Sequence[str]
     ) -> tuple[Generation, bool]:
         """The response, and whether it met a stop string; it then ends with the token that completed that one."""
         text = self.decode(tokens)
@@ -287,24 +288,44 @@ class Model:
 def _conversations(given: Any) -> list[Messages]:
     """One conversation or several as several."""
     if isinstance(given, Sequence) and not isinstance(given, str):
-        conversations = [given] if given and isinstance(given[0], Mapping) else list(given)
+        alone = bool(given) and isinstance(given[0], Mapping)
+        conversations = [given] if alone else list(given)
         if all(
-            isinstance(c, Sequence) and not isinstance(c, str) and all(isinstance(m, Mapping) for m in c)
-            for c in conversations
+            isinstance(conversation, Sequence) and not isinstance(conversation, str) for conversation in conversations
         ):
+            for number, conversation in enumerate(conversations):
+                check_messages(conversation, "messages" if alone else f"conversation {number}")
             return conversations
     raise UserError(f'found {given!r:.60}, expected messages: [{{"role": "user", "content": "Hello"}}]')
 
 
-def _check_sampling(s: _Sampling) -> None:
+def _is_whole(value: Any, least: float = -math.inf) -> bool:
+    """Whether it is a whole number, of Python's or NumPy's, and not true or false."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _checked(s: _Sampling) -> _Sampling:
+    """The settings with Python's own numbers. Raises UserError for the first that cannot be used."""
+    warm = _is_number(s.temperature) and 0.0 <= s.temperature < math.inf
+    texts = isinstance(s.stop, Sequence) and all(isinstance(word, str) for word in s.stop)
     problems = {
-        f"max_tokens is {s.max_tokens}; it must be at least 1": s.max_tokens < 1,
-        f"temperature is {s.temperature}; it must be 0 (likeliest token) or more": not 0.0 <= s.temperature < math.inf,
-        f"top_k is {s.top_k}; it must be at least 1": s.top_k is not None and s.top_k < 1,
-        f"top_p is {s.top_p}; it must be above 0 and at most 1": s.top_p is not None and not 0.0 < s.top_p <= 1.0,
-        "a stop string is empty; leave stop out to stop at the end token alone": not all(s.stop),
-        f"every is {s.every}; it must be at least 1": s.every < 1,
+        f"max_tokens is {s.max_tokens!r}; it must be at least 1, a whole number": not _is_whole(s.max_tokens, 1),
+        f"temperature is {s.temperature!r}; it must be 0 (likeliest token) or more": not warm,
+        f"seed is {s.seed!r}; it must be a whole number": not _is_whole(s.seed),
+        f"top_k is {s.top_k!r}; it must be at least 1, a whole number, or None": s.top_k is not None
+        and not _is_whole(s.top_k, 1),
+        f"top_p is {s.top_p!r}; it must be above 0 and at most 1, or None": s.top_p is not None
+        and not (_is_number(s.top_p) and 0.0 < s.top_p <= 1.0),
+        f"stop is {s.stop!r:.40}; it must be a string or a list of strings, () for none": not texts,
+        "a stop string is empty; leave stop out to stop at the end token alone": texts and not all(s.stop),
+        f"every is {s.every!r}; it must be at least 1, a whole number": not _is_whole(s.every, 1),
     }
     for problem, found in problems.items():
         if found:
             raise UserError(problem)
+    top_k = None if s.top_k is None else int(s.top_k)
+    return s._replace(max_tokens=int(s.max_tokens), seed=int(s.seed), top_k=top_k, every=int(s.every))

@@ -100,7 +100,7 @@ def _told(
 def _wrong(annotation: Any, node: Node, path: str) -> str:
     value = plain(node)
     hint = nearest(value, _names(annotation)) if isinstance(value, str) else ""
-    if isinstance(value, bool | int | float) and str in fields.alternatives(annotation):
+    if isinstance(value, bool | int | float) and fields.takes_text(annotation):
         by_hand = node.origin.startswith("command line")
         hint = f""" For text, write "{path}='{scalar(value)}'".""" if by_hand else " For text, put it in quotes."
     return (

@@ -43,6 +43,12 @@ def alternatives(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
+def takes_text(annotation: Any) -> bool:
+    """Whether text is a value of it."""
+    bare = (get_args(part)[0] if get_origin(part) is Annotated else part for part in alternatives(annotation))
+    return str in bare
+
+
 def sections(annotation: Any) -> tuple[type[Section], ...]:
     """The sections an annotation allows: none for a plain value, several for variants told apart by `type`."""
     return tuple(part for part in alternatives(annotation) if isinstance(part, type) and issubclass(part, Section))
@@ -120,6 +126,8 @@ def _one(part: Any) -> str:
         bounds = [bound for extra in extras if isinstance(extra, FieldInfo) for bound in extra.metadata]
     if bare in (int, float):
         return ("a whole number" if bare is int else "a number") + _range(bounds)
+    if bare is str and any(hasattr(bound, "pattern") for bound in bounds):
+        return "text that can name a folder, without /"
     if bare in NAMES:
         return NAMES[bare]
     if isinstance(bare, type) and issubclass(bare, Section):

@@ -39,6 +39,8 @@ Number = Annotated[float, BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0.0, le=1.0), BeforeValidator(_number)]
 Positive = Annotated[float, Field(gt=0.0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0.0), BeforeValidator(_number)]
+Below1 = Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)]
+FolderName = Annotated[str, Field(pattern=r"^[^/\\\x00]*[^/\\\x00.\s][^/\\\x00]*$")]
 
 
 class Section(BaseModel):
@@ -340,9 +342,9 @@ class OptimizerConfig(Section):
     """Share of the stage over which the rate rises to the peak."""
     final: Share = 0.1
     """Rate at the end, as a share of the peak."""
-    b1: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    b1: Below1 = 0.9
     """Decay of the first moment."""
-    b2: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    b2: Below1 = 0.95
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
@@ -422,7 +424,7 @@ class SftConfig(SupervisedConfig):
 
     data: Conversations | None = None
     """Conversations to learn."""
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0), BeforeValidator(_number)] = 0.0
+    dropout: Below1 = 0.0
     """Residual dropout (InstructGPT used 0.2)."""
 
 
@@ -549,7 +551,7 @@ class EvaluateConfig(Section):
 class Config(Section):
     """A run: one assistant, from text to RL model."""
 
-    name: str = "run"
+    name: FolderName = "run"
     """Name of the run and of its folder."""
     runs: str = "runs"
     """Folder of all runs."""

@@ -158,14 +158,19 @@ def as_messages(value: Any, where: str, role: str) -> list[Message]:
         return [{"role": role, "content": value}]
     if not isinstance(value, list) or not value:
         raise UserError(f'{where} is {value!r:.40}, expected a string or a list of {{"role", "content"}}')
-    for number, message in enumerate(value):
+    check_messages(value, where)
+    return value
+
+
+def check_messages(messages: Sequence[Any], where: str) -> None:
+    """Raises UserError, beginning with `where`, for a message that is not {"role", "content"}, both strings."""
+    for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(f'{where}[{number}] is {message!r:.40}, expected an object {{"role", "content"}}')
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
                 near = nearest(key, message) if key not in message else ""
                 raise UserError(f'{where}[{number}]: "{key}" is {message.get(key)!r:.40}, expected a string.{near}')
-    return value
 
 
 def render_record(

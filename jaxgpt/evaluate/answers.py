@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +34,11 @@ def answer(
         filled = [*part, *[longest] * (batch - len(part)), longest]
         responses += model.generate(filled, max_tokens, temperature, seed + at)[: len(part)]
     return Answers(prompts, responses)
+
+
+def asked_by_kind(records: Sequence[Record]) -> dict[str, int]:
+    """Records with an answer, by kind."""
+    return dict(sorted(Counter(_kind(record) for record in records if record.get("answer") is not None).items()))
 
 
 def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation]) -> dict[str, float]:

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 
 from jaxgpt.api import Model, load
 from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
+from jaxgpt.data.chat import render
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_rankings
+from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.answers import (
     Answers,
     answer,
+    asked_by_kind,
     exact_by_kind,
     few_shot_prompt,
     gold_scores,
@@ -33,37 +36,51 @@ from jaxgpt.evaluate.scorer import load_scorer
 from jaxgpt.runs import STAGES, is_finished, resolved
 
 
-def check_evaluate(evaluate: EvaluateConfig) -> None:
-    """Raises UserError for what would only be found out at the end of a run: no prompts, no such scorer."""
-    if evaluate.data is None:
-        raise UserError("evaluate.data.path is not set: a JSONL file of held-out prompts")
-    if evaluate.scorer is not None:
-        load_scorer(evaluate.scorer, "evaluate.scorer")
+class Asked(NamedTuple):
+    """The prompts of an evaluation."""
+
+    scored: PromptRows
+    """Those whose responses are scored."""
+    exact: PromptRows
+    """Those whose responses are compared with an answer."""
+
+
+def read_prompts(config: Config, evaluate: EvaluateConfig, tokenizer: Tokenizer, context: int) -> Asked:
+    """Reads the prompt files. Raises UserError naming the record, or sample, that leaves no room for a response."""
+    room, limit = context - evaluate.max_tokens, "model.context - evaluate.max_tokens"
+
+    def rows(path: str | tuple[str, ...]) -> PromptRows:
+        return load_prompts(resolved(config, path), tokenizer, room, limit)
+
+    assert evaluate.data is not None
+    for number, sample in enumerate(evaluate.samples):
+        asked = render(tokenizer, [{"role": "user", "content": sample}], add_generation_prompt=True)[0]
+        shots = few_shot_prompt(evaluate.few_shot, sample) if evaluate.few_shot else ""
+        length = max(len(asked), len(tokenizer.prefix) + len(tokenizer.encode(shots)))
+        if length > room:
+            how = "with evaluate.few_shot before it, " if length > len(asked) else ""
+            raise UserError(f"evaluate.samples[{number}]: {how}{length} tokens, {limit} is {room}; shorten it")
+    scored = rows(evaluate.data.path)
+    return Asked(scored, scored if evaluate.exact is None else rows(evaluate.exact.path))
 
 
 class Suite:
     """The evaluations of one run."""
 
     def __init__(self, folder: Path, config: Config, evaluate: EvaluateConfig, mesh: MeshConfig, console: Console):
-        check_evaluate(evaluate)
-        assert evaluate.data is not None
         self.folder, self.config, self.c, self.console = folder, config, evaluate, console
         self.models = {name: load(folder / name, mesh=mesh) for name in STAGES if is_finished(folder / name)}
         if not self.models:
             raise UserError(f"{folder}: no stage is finished, so there is nothing to evaluate; train one first")
-        self.asked = self._prompts(evaluate.data.path)
-        self.exact = self._prompts(evaluate.exact.path) if evaluate.exact is not None else self.asked
-        self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer is not None else None
-
-    def _prompts(self, path: str | tuple[str, ...]) -> PromptRows:
         model = next(iter(self.models.values()))
-        room = model.config.context - self.c.max_tokens
-        return load_prompts(resolved(self.config, path), model.tokenizer, room, "model.context - evaluate.max_tokens")
+        self.asked, self.exact = read_prompts(config, evaluate, model.tokenizer, model.config.context)
+        self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer is not None else None
 
     def run(self) -> dict[str, Any]:
         """Everything, as JSON."""
         began = time.monotonic()
-        results: dict[str, Any] = {"prompts": len(self.asked), "stages": {}}
+        results: dict[str, Any] = {"prompts": len(self.asked), "exact_prompts": asked_by_kind(self.exact.records)}
+        results["stages"] = {}
         if "pretrain" in self.models:
             results["base_chat_exact"] = self._exact(self.models["pretrain"])
             if self.c.few_shot:

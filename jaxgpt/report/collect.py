@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from statistics import median
+from statistics import harmonic_mean, median
 from typing import Any
 
 import yaml
@@ -39,8 +40,16 @@ class Stage:
 
     @property
     def steps(self) -> int:
-        """Updates made."""
-        return int((self.done or self.train[-1])["step"]) if self.done or self.train else 0
+        """Updates made, whether or not the last ones were handed on."""
+        if self.done:
+            return int(self.done.get("trained", self.done["step"]))
+        return int(self.train[-1]["step"]) if self.train else 0
+
+    def measured(self, key: str) -> float | None:
+        """A validation metric of the parameters that were handed on; the latest while the stage is not finished."""
+        curve = self.eval_curve(key)
+        handed = [value for step, value in curve if self.done and step == self.done["step"]]
+        return handed[-1] if handed else curve[-1][1] if curve else None
 
     @property
     def tokens(self) -> int | None:
@@ -58,8 +67,13 @@ class Stage:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the median step, so that compilation and evaluations do not count."""
-        return median(value for _, value in speeds) if (speeds := self.curve("time/tokens_per_second")) else None
+        """Speed of the median step, so that compilation and evaluations do not count; in PPO of the median rollout
+        with its updates, for most updates have no rollout to wait for."""
+        speeds, rollouts = self.curve("time/tokens_per_second"), [step for step, _ in self.curve("objective/kl")]
+        groups: dict[int, list[float]] = {}
+        for step, speed in speeds:
+            groups.setdefault(bisect_right(rollouts, step) if rollouts else step, []).append(speed)
+        return median(map(harmonic_mean, groups.values())) if groups else None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         "reward": _reward(stages["reward"], run.results) if "reward" in stages else None,
         "ppo": _ppo(stages["ppo"], run.results) if "ppo" in stages else None,
         "base": _base(run.results),
+        "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
         "seconds_by_stage": seconds,
         "params": run.params,
@@ -80,17 +81,17 @@ def _loss(found: Mapping[str, Any]) -> str:
 
 
 def _pretrain(stage: Stage) -> dict[str, Any]:
-    return _present(val_nll=_last_eval(stage, "nll"), tokens=stage.tokens, tokens_per_second=stage.tokens_per_second)
+    return _present(val_nll=stage.measured("nll"), tokens=stage.tokens, tokens_per_second=stage.tokens_per_second)
 
 
 def _sft(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
     exact = results.get("stages", {}).get("sft", {}).get("exact")
-    return _present(val_nll=_last_eval(stage, "nll"), heldout_exact=exact)
+    return _present(val_nll=stage.measured("nll"), heldout_exact=exact)
 
 
 def _reward(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
     found = results.get("reward") or {}
-    accuracy = found.get("accuracy", _last_eval(stage, "accuracy"))
+    accuracy = found.get("accuracy", stage.measured("accuracy"))
     by_margin, by_kind = found.get("by_margin"), found.get("by_kind")
     return _present(heldout_accuracy=accuracy, by_margin=by_margin, by_kind=by_kind)
 
@@ -119,11 +120,6 @@ def _base(results: Mapping[str, Any]) -> dict[str, Any]:
         few_shot_exact=found.get("exact"),
         gold=found.get("gold"),
     )
-
-
-def _last_eval(stage: Stage, key: str) -> float | None:
-    curve = stage.eval_curve(key)
-    return curve[-1][1] if curve else None
 
 
 def _recent(stage: Stage, key: str) -> float | None:

@@ -183,8 +183,9 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
             "validation loss, nats per token",
             f"perplexity {math.exp(min(nll, 50)):.3g}",
         )
-    base = sections["base"].get("chat_exact", {})
-    for kind, value in list(sections["sft"].get("heldout_exact", {}).items())[:2]:
+    base, asked = sections["base"].get("chat_exact", {}), figures.get("exact_prompts", {})
+    exact = sorted(sections["sft"].get("heldout_exact", {}).items(), key=lambda item: -asked.get(item[0], 0))
+    for kind, value in exact[:2]:
         note = f"base model in chat form: {numbers.percent(base[kind])}" if kind in base else ""
         add("SFT", numbers.percent(value), f"exact on held-out {kind}", note)
     if "sft" in figures and "heldout_exact" not in sections["sft"] and "val_nll" in sections["sft"]:
@@ -209,13 +210,21 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
 def _tax_tables(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     """SFT against RL by kind, once for the gold score and once for exact answers: where RL gains and what it costs."""
     ppo, base = figures.get("ppo", {}), figures.get("base", {})
-    gold = _versus(ppo.get("gold_by_kind_before"), ppo.get("gold_by_kind_after"), {})
+    gold = _versus(ppo.get("gold_by_kind_before"), ppo.get("gold_by_kind_after"), {}, {})
     if gold and ppo.get("gold_before") is not None and ppo.get("gold_after") is not None:
-        whole = {"kind": "all", "before": ppo["gold_before"], "after": ppo["gold_after"], "others": [], "all": True}
+        whole = {
+            "kind": "all",
+            "before": ppo["gold_before"],
+            "after": ppo["gold_after"],
+            "others": [],
+            "asked": None,
+            "all": True,
+        }
         gold.append(whole)
     others = {"base chat": base.get("chat_exact"), "base few\u2011shot": base.get("few_shot_exact")}
     others = {title: values for title, values in others.items() if values}
-    exact = _versus(figures.get("sft", {}).get("heldout_exact"), ppo.get("heldout_exact"), others)
+    asked = figures.get("exact_prompts", {})
+    exact = _versus(figures.get("sft", {}).get("heldout_exact"), ppo.get("heldout_exact"), others, asked)
     scores = [row[side] for row in gold for side in ("before", "after")]
     return [
         _table("Gold score", gold, min([0.0, *scores]), max([1.0, *scores]), share=False, columns=()),
@@ -224,9 +233,12 @@ def _tax_tables(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _versus(
-    before: Mapping[str, float] | None, after: Mapping[str, float] | None, others: Mapping[str, Mapping[str, float]]
+    before: Mapping[str, float] | None,
+    after: Mapping[str, float] | None,
+    others: Mapping[str, Mapping[str, float]],
+    asked: Mapping[str, int],
 ) -> list[dict[str, Any]]:
-    """A row for each kind that both have."""
+    """A row for each kind that both have; `asked` is how many prompts it has."""
     before, after = before or {}, after or {}
     return [
         {
@@ -234,6 +246,7 @@ def _versus(
             "before": before[kind],
             "after": after[kind],
             "others": [values.get(kind) for values in others.values()],
+            "asked": asked.get(kind),
             "all": False,
         }
         for kind in before
@@ -250,7 +263,8 @@ def _table(
         return round(100 * (value - low) / (high - low), 2)
 
     placed = [row | {"x": [place(row["before"]), place(row["after"])]} for row in rows]
-    return {"title": title, "rows": placed, "zero": place(0.0), "share": share, "columns": columns}
+    asked = any(row["asked"] is not None for row in rows)
+    return {"title": title, "rows": placed, "zero": place(0.0), "share": share, "columns": columns, "asked": asked}
 
 
 def _margins(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -278,6 +292,8 @@ def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
         ("Time", numbers.duration(stage.seconds)),
         ("Tokens/s", numbers.count(stage.tokens_per_second)),
     ]
+    if stage.done and stage.done["step"] != stage.steps:
+        facts.append(("Handed on: update", numbers.count(stage.done["step"])))
     if waits:
         facts.append(("Waiting for data", numbers.percent(sum(waits) / len(waits), 1)))
     if skipped and skipped[-1]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.mixture import Batches, single
 from jaxgpt.data.prompts import PromptRows, load_prompts
-from jaxgpt.errors import UserError
 from jaxgpt.losses import Ratio, ppo_policy, ppo_value, token_logp
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, by_part, schedule
-from jaxgpt.stages.pretrain import check_context
 from jaxgpt.stages.rollouts import Rollouts, response_logits, response_values
 from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import Stage
@@ -39,16 +37,13 @@ def ppo_loss(config: PpoConfig, lm: Net, scalar: Net) -> Loss:
 
 def load(run: Run, config: PpoConfig) -> PromptRows:
     """The prompts. Raises UserError naming the record that cannot be used."""
-    if config.data is None:
-        raise UserError("ppo.data.path is not set: a JSONL file of prompts")
+    assert config.data is not None
     return load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length)
 
 
 def stage(run: Run, config: PpoConfig) -> Stage:
     """PPO as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "ppo.batch / ppo.accumulate")
-    length = config.prompt_length + config.response_length
-    check_context(run.config.model, length, "ppo.prompt_length + ppo.response_length")
     lm, scalar = language_model(run.config.model, run.vocab), scalar_model(run.config.model, run.vocab)
     init, reward = run.parent("ppo"), run.parent("ppo", "reward")
     prompts = load(run, config)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 
-from jaxgpt.config.schema import ModelConfig, PretrainConfig
+from jaxgpt.config.schema import PretrainConfig
 from jaxgpt.data.mixture import Batches, describe, mixture, ordered
 from jaxgpt.data.tokens import Rows, Shard
 from jaxgpt.errors import UserError
@@ -53,12 +53,6 @@ def lower_nll(figures: dict[str, float]) -> float:
     return -figures["nll"]
 
 
-def check_context(model: ModelConfig, context: int, name: str) -> None:
-    """Raises UserError where rows are longer than the model's context."""
-    if context > model.context:
-        raise UserError(f"{name} is {context}, and model.context is {model.context}; lower the one or raise the other")
-
-
 def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
     """The training rows of each source of the mixture."""
     return {
@@ -69,7 +63,6 @@ def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
 def stage(run: Run, config: PretrainConfig) -> Stage:
     """Pretraining as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "pretrain.batch / pretrain.accumulate")
-    check_context(run.config.model, config.context, "pretrain.context")
     net = language_model(run.config.model, run.vocab)
     weights = {name: source.weight for name, source in run.config.data.named.items()}
     draws = mixture(sources(run, config), weights, run.config.seed)

@@ -14,14 +14,13 @@ from jax import P
 from jaxgpt.config.schema import RewardConfig
 from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.data.rankings import RankingRows, check_split, load_rankings
-from jaxgpt.errors import UserError
 from jaxgpt.losses import Ratio, ranking
 from jaxgpt.mesh import BATCH, check_batch
 from jaxgpt.models.heads import ScalarModel, scalar_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
 from jaxgpt.runs import RANDOM
-from jaxgpt.stages.pretrain import check_context, mean_of
+from jaxgpt.stages.pretrain import mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.step import Batch, Loss
@@ -81,8 +80,7 @@ def normalized(run: Run, net: Net, rows: RankingRows, batch: int, params: Params
 
 def load(run: Run, config: RewardConfig) -> tuple[RankingRows, RankingRows | None]:
     """The training and held-out rankings. Raises UserError naming the record that cannot be used."""
-    if config.data is None:
-        raise UserError("reward.data.path is not set: a JSONL file of rankings")
+    assert config.data is not None
     data = config.data
     rows = load_rankings(run.paths(data.path), run.tokenizer, config.context, config.responses)
     if data.eval_path is None:
@@ -95,7 +93,6 @@ def load(run: Run, config: RewardConfig) -> tuple[RankingRows, RankingRows | Non
 def stage(run: Run, config: RewardConfig) -> Stage:
     """Reward modelling as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "reward.batch / reward.accumulate")
-    check_context(run.config.model, config.context, "reward.context")
     net = scalar_model(run.config.model, run.vocab)
     rows, test = load(run, config)
     source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)

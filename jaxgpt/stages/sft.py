@@ -8,12 +8,11 @@ import numpy as np
 from jaxgpt.config.schema import SftConfig
 from jaxgpt.data.conversations import PackedConversations, load_conversations
 from jaxgpt.data.mixture import Batches, ordered, single
-from jaxgpt.errors import UserError
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
 from jaxgpt.optim import adamw, schedule
 from jaxgpt.runs import RANDOM
-from jaxgpt.stages.pretrain import check_context, language_loss, lower_nll, mean_of
+from jaxgpt.stages.pretrain import language_loss, lower_nll, mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Drawn, Stage
 from jaxgpt.train.state import State
@@ -39,8 +38,7 @@ class WithSeeds:
 
 def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConversations | None]:
     """The training and held-out conversations, packed. Raises UserError naming the record that cannot be used."""
-    if config.data is None:
-        raise UserError("sft.data.path is not set: a JSONL file of conversations")
+    assert config.data is not None
     data, fields = config.data, (config.data.prompt_field, config.data.completion_field)
 
     def rows(given: str | tuple[str, ...]) -> PackedConversations:
@@ -53,7 +51,6 @@ def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConver
 def stage(run: Run, config: SftConfig) -> Stage:
     """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
-    check_context(run.config.model, config.context, "sft.context")
     net = language_model(run.config.model, run.vocab, config.dropout)
     rows, test = load(run, config)
     source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)

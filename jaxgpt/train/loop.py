@@ -109,7 +109,7 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
         state, host = _first_state(stage, checkpoints)
         session = _Session(stage, config, folder, checkpoints, stop, console, int(state.step), host, meta)
         state = session.run(state)
-        done = _finish(stage, folder, state, session.clock, meta)
+        done = _finish(stage, folder, state, session, meta)
         if stop.asked:
             raise Preempted(f"{stage.name}: finished, and asked to stop; the same command goes on")
         return done
@@ -158,7 +158,8 @@ class _Session:
         self.clock = Clock(host.get("seconds", 0.0), stage.tokens_per_step)
         self.best: dict[str, Any] | None = host.get("best")
         self.saved = start
-        self.late: tuple[int, dict[str, jax.Array]] | None = None
+        self.skipped = 0
+        self.late: list[tuple[int, dict[str, jax.Array]]] = []
         self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if jax.process_index() == 0 else []
         self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)]
 
@@ -166,22 +167,28 @@ class _Session:
         """Steps to the end; the state whose parameters are handed on."""
         stage = self.stage
         step = make_step(stage.loss, stage.tx, stage.schedule, self.config.accumulate)
+        every = self.config.checkpoint.every
         for n in range(self.saved, stage.steps):
             since = self.clock.now()
             drawn = stage.source(n, state)
             self.clock.waited(since)
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state.replace(extras=drawn.extras), drawn.batch)
-            self._report()
-            self.late = (n + 1, {**metrics, **drawn.metrics})
-            last = n + 1 == stage.steps
+            self.late.append((n + 1, {**metrics, **drawn.metrics}))
+            last, stopping = n + 1 == stage.steps, self.stop.asked
+            measures = stage.evaluate is not None and (last or (n + 1) % self.config.eval_every == 0)
             stands = last or stage.boundary(n + 1)
-            if last or (n + 1) % self.config.eval_every == 0:
+            saves = stands and (last or stopping or (n + 1) // every > self.saved // every)
+            self._report(ahead=0 if measures or saves else 1)
+            if measures:
                 self._evaluate(n + 1, state, stands)
-            if stands:
-                self._checkpoint(n + 1, state, last)
-        self._report()
+            if saves or (self.config.best == "best" and self.best is not None and self.best["step"] == n + 1):
+                self._checkpoint(n + 1, state)
+            if saves and stopping and not last:
+                self.checkpoints.wait()
+                raise Preempted(f"{stage.name}: stopped after step {n + 1} of {stage.steps}; the same command goes on")
         self.checkpoints.wait()
+        self.skipped = int(state.skipped)
         return self._best(state) if self.config.best == "best" else state
 
     def _best(self, state: State) -> State:
@@ -194,9 +201,7 @@ class _Session:
 
     def _evaluate(self, n: int, state: State, stands: bool) -> None:
         """Measures the parameters; they may become the best where a checkpoint can stand (`stands`)."""
-        if self.stage.evaluate is None:
-            return
-        self._report()
+        assert self.stage.evaluate is not None
         figures = self.stage.evaluate(state.params)
         shown = {name: _finite(value) for name, value in figures.items()}
         self._emit({"step": n, "eval": shown, "time": {"seconds": round(self.clock.seconds, 3)}})
@@ -205,29 +210,28 @@ class _Session:
         if math.isfinite(quality) and (self.best is None or quality > self.best["quality"]):
             self.best = {"step": n, "quality": quality}
 
-    def _checkpoint(self, n: int, state: State, last: bool) -> None:
-        every, best = self.config.checkpoint.every, self.best["step"] if self.best is not None else None
-        wanted = self.config.best == "best" and best == n
-        if not (last or wanted or self.stop.asked or n // every > self.saved // every):
-            return
-        self._report()
+    def _checkpoint(self, n: int, state: State) -> None:
+        best = self.best["step"] if self.best is not None else None
         for writer in self.writers:
             writer.flush()
         self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best, "model": self.meta}, best)
         self.saved = n
-        if self.stop.asked and not last:
-            self.checkpoints.wait()
-            raise Preempted(
-                f"{self.stage.name}: stopped after step {n} of {self.stage.steps}; the same command goes on"
-            )
 
-    def _report(self) -> None:
-        """Writes the last step's figures, fetched only once the next step is under way."""
-        if self.late is None:
+    def _report(self, ahead: int) -> None:
+        """Writes the figures of all steps but the last `ahead`: one is fetched only once the next step is under way.
+
+        Steps that are written together share the time since the line before: each alone, the later ones would seem to
+        have taken none.
+        """
+        due = self.late[: len(self.late) - ahead]
+        if not due:
             return
-        (n, metrics), self.late = self.late, None
-        values = {name: _finite(value.item()) for name, value in jax.device_get(metrics).items()}
-        self._emit({"step": n, **values, "tokens": n * self.stage.tokens_per_step, "time": self.clock.lap()})
+        del self.late[: len(due)]
+        fetched = [(n, jax.device_get(metrics)) for n, metrics in due]
+        lap = self.clock.lap(len(due))
+        for n, metrics in fetched:
+            values = {name: _finite(value.item()) for name, value in metrics.items()}
+            self._emit({"step": n, **values, "tokens": n * self.stage.tokens_per_step, "time": lap})
 
     def _emit(self, line: dict[str, Any]) -> None:
         for writer in self.writers:
@@ -243,15 +247,17 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _finish(stage: Stage, folder: Path, state: State, clock: Clock, meta: Mapping[str, Any]) -> dict[str, Any]:
+def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Hands on the parameters of `state`, the last one or the best."""
     params = stage.finish(state.params)
     done = {
         "step": int(state.step),
+        "trained": stage.steps,
         "fingerprint": save_params(folder / "params", params, meta),
-        "seconds": round(clock.seconds, 3),
-        "tokens": int(state.step) * stage.tokens_per_step,
+        "seconds": round(session.clock.seconds, 3),
+        "tokens": stage.steps * stage.tokens_per_step,
         "params": count(params),
-        "skipped": int(state.skipped),
+        "skipped": session.skipped,
         "environment": {
             "python": platform.python_version(),
             "jax": jax.__version__,

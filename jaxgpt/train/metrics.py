@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 Values = Mapping[str, Any]
 
@@ -76,16 +79,54 @@ SHOWN = {
     "accuracy": "acc",
     "objective/score": "score",
     "objective/kl": "kl",
+    "objective/length": "len",
     "objective/eos_rate": "eos",
+    "policy/ratio": "ratio",
     "policy/clipfrac": "clip",
     "lr": "lr",
     "grad_norm": "gnorm",
 }
 """Figures of the console line, by their key in metrics.jsonl."""
+BAR = 12
+"""Width of the bar of a live line, in characters."""
 
 
 def _shown(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.4g}"
+
+
+class Figures:
+    """Figures on one line, as many from the first on as there is room for."""
+
+    def __init__(self, *figures: str):
+        self.figures = figures
+
+    def within(self, width: int) -> str:
+        """The figures that fit, whole."""
+        line = ""
+        for figure in self.figures:
+            longer = f"{line}  {figure}" if line else figure
+            if len(longer) > width:
+                break
+            line = longer
+        return line
+
+    def __str__(self) -> str:
+        return "  ".join(self.figures)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(0, len(str(self)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.within(options.max_width), no_wrap=True)
+
+
+class _FiguresColumn(ProgressColumn):
+    """The one column of a live line that gives way where the terminal is narrow."""
+
+    def render(self, task: Task) -> Figures:
+        """The task's figures."""
+        return task.fields["figures"]
 
 
 class ConsoleLine:
@@ -98,14 +139,14 @@ class ConsoleLine:
         if console.is_terminal:
             self._live = Progress(
                 TextColumn("[bold]{task.description}"),
-                BarColumn(24),
+                BarColumn(BAR, table_column=Column(no_wrap=True)),
                 TextColumn("{task.completed}/{task.total}"),
-                TextColumn("{task.fields[figures]}"),
-                TimeRemainingColumn(),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
+                _FiguresColumn(),
                 console=console,
             )
             self._live.start()
-            self._task = self._live.add_task(name, total=steps, completed=start, figures="compiling")
+            self._task = self._live.add_task(name, total=steps, completed=start, figures=Figures("compiling"))
 
     def write(self, line: Values) -> None:
         """Shows a line's figures."""
@@ -114,17 +155,19 @@ class ConsoleLine:
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
             return
         self._latest = {**self._latest, **line}  # a rollout's figures stand until the next one's
-        latest = self._latest
-        figures = "  ".join(f"{short} {_shown(latest[key])}" for key, short in SHOWN.items() if key in latest)
-        figures += f"  {line['time']['tokens_per_second']:,.0f} tok/s"
-        if line["time"]["wait"] > 0.02:
-            figures += f"  wait {line['time']['wait']:.0%}"
-        if line["skipped"]:
-            figures += f"  skipped {line['skipped']}"
+        figures = Figures(*self._figures(self._latest))
         if self._live is not None:
             self._live.update(self._task, completed=line["step"], figures=figures)
         elif line["step"] % self.every == 0 or line["step"] == self.steps:
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  {figures}", highlight=False)
+
+    def _figures(self, line: Values) -> list[str]:
+        """What is amiss first, then the figures of SHOWN, then the pace."""
+        amiss = [f"skipped {line['skipped']}"] if line["skipped"] else []
+        if line["time"]["wait"] > 0.02:
+            amiss.append(f"wait {line['time']['wait']:.0%}")
+        shown = [f"{short} {_shown(line[key])}" for key, short in SHOWN.items() if key in line]
+        return [*amiss, *shown, f"{line['time']['tokens_per_second']:,.0f} tok/s"]
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -155,13 +198,13 @@ class Clock:
         """A point in time, for `waited`."""
         return time.monotonic()
 
-    def lap(self) -> dict[str, float]:
-        """The time entry of a metrics line; starts the next lap."""
+    def lap(self, steps: int = 1) -> dict[str, float]:
+        """The time entry of a metrics line, or of `steps` lines; starts the next lap."""
         now = time.monotonic()
         spent = max(now - self._last, 1e-9)
         entry = {
             "seconds": round(self.seconds, 3),
-            "tokens_per_second": round(self._tokens / spent, 1),
+            "tokens_per_second": round(steps * self._tokens / spent, 1),
             "wait": round(min(self._waited / spent, 1.0), 4),
         }
         self._last, self._waited = now, 0.0

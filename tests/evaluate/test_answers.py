@@ -8,6 +8,7 @@ from jaxgpt.api import Generation, load
 from jaxgpt.evaluate.answers import (
     Answers,
     answer,
+    asked_by_kind,
     exact_by_kind,
     few_shot_prompt,
     gold_scores,
@@ -33,7 +34,8 @@ def test_exact_match_is_by_kind_and_leaves_out_what_has_no_answer():
     ]
     responses = said(" a fox\n", "An owl", "7", "x", "y", "yes.")
     assert exact_by_kind(records, responses) == {"all": 0.0, "fact": 0.5, "sum": 1.0}
-    assert exact_by_kind([{"kind": "story"}], said("x")) == {}
+    assert asked_by_kind(records) == {"all": 1, "fact": 2, "sum": 1}
+    assert exact_by_kind([{"kind": "story"}], said("x")) == asked_by_kind([{"kind": "story"}]) == {}
     with pytest.raises(ValueError, match="zip"):
         exact_by_kind(records, responses[:-1])
 

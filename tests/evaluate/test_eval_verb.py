@@ -95,11 +95,11 @@ def test_an_unknown_task_is_answered_with_the_nearest_before_a_model_is_loaded(h
         ),
         (
             ["runs/tiny", "text=book.txt", "stage=stf"],
-            "stage=stf: no such stage in runs/tiny. Did you mean 'sft'? Fini",
+            "'stf': no such stage. Did you mean 'sft'? Finished there: pretrain, sft, reward",
         ),
         (
             ["runs/tiny/sft", "text=book.txt", "stage=ppo"],
-            "stage=ppo: no such stage in runs/tiny. Finished there: pret",
+            "runs/tiny: stage ppo is not finished. Finished there: pretrain, sft, reward",
         ),
         (["runs/tyni", "text=book.txt"], "runs/tyni: no such folder. Did you mean 'runs/tiny'?"),
         (["text=book.txt"], "eval: found 'text=book.txt' where the file belongs; usage: jaxgpt eval RUN_FOLDER tasks="),

@@ -10,7 +10,7 @@ from tiny_run import make_run
 from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig, Prompts
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.scorer import load_scorer
-from jaxgpt.evaluate.suite import Suite, check_evaluate
+from jaxgpt.evaluate.suite import Suite
 from jaxgpt.pipeline import Pipeline
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
@@ -47,8 +47,6 @@ def test_a_run_is_refused_before_it_begins(tmp_path):
     with pytest.raises(UserError, match=r"evaluate.scorer: jaxgpt.data.meadow has no function gold"):
         Pipeline(config, Console()).everything()
     assert not (tmp_path / "a").exists()
-    with pytest.raises(UserError, match=r"evaluate.data.path is not set"):
-        check_evaluate(EvaluateConfig())
 
 
 def test_prompts_are_checked_by_file_and_line(tmp_path):
@@ -64,5 +62,11 @@ def test_prompts_are_checked_by_file_and_line(tmp_path):
         suite({"prompt": "cat?"}, {"prompt": "cat? " * 20})
     with pytest.raises(UserError, match=r"asked.jsonl:1: "):
         suite({"promt": "cat?"})
+    config = config.model_copy(update={"samples": ("cat?", "cat? " * 20)})
+    with pytest.raises(UserError, match=r"evaluate.samples.1.: .* tokens, model.context - evaluate.max_tokens is 24"):
+        suite({"prompt": "cat?"})
+    config = config.model_copy(update={"samples": ("cat?",), "few_shot": (("cat?", "It is black. " * 9),)})
+    with pytest.raises(UserError, match=r"evaluate.samples.0.: with evaluate.few_shot before it, "):
+        suite({"prompt": "cat?"})
     with pytest.raises(UserError, match="no stage is finished, so there is nothing to evaluate"):
         suite({"prompt": "cat?"}, folder=tmp_path / "empty")

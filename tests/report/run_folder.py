@@ -29,6 +29,7 @@ SPEEDS = {"pretrain": 4100.0, "sft": 3600.0, "reward": 5200.0, "ppo": 900.0}
 PEAKS = {"pretrain": 3e-3, "sft": 1e-3, "reward": 5e-4, "ppo": 1.5e-4}
 RESULTS: dict[str, Any] = {
     "prompts": 192,
+    "exact_prompts": {"facts": 12, "sums": 60, "opposites": 20},
     "stages": {
         "base": {"exact": {"facts": 0.31, "sums": 0.22, "opposites": 0.4}, "gold": -0.81},
         "sft": {
@@ -101,6 +102,7 @@ def write_run(folder: Path, stages: tuple[str, ...] = tuple(STEPS), results: boo
         last = lines[-2]
         done = {
             "step": STEPS[stage],
+            "trained": STEPS[stage],
             "fingerprint": "00ff",
             "seconds": last["time"]["seconds"] + 2.0,
             "tokens": last["tokens"],

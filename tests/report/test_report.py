@@ -58,6 +58,38 @@ def test_the_figures_are_those_of_the_run(figures):
     assert figures["config"] == CONFIG
 
 
+def test_a_best_step_that_is_not_the_last_is_the_one_described(tmp_path):
+    folder = write_run(tmp_path / "run", ("pretrain",), results=False)
+    done = json.loads((folder / "pretrain" / "done.json").read_text())
+    (folder / "pretrain" / "done.json").write_text(json.dumps(done | {"step": 125}))
+    text, figures = write_report(folder).read_text(), json.loads((folder / "report.json").read_text())
+    measured = {line["step"]: line["eval"]["nll"] for line in metric_lines("pretrain") if "eval" in line}
+    assert figures["pretrain"]["val_nll"] == measured[125] != measured[300]
+    assert figures["pretrain"]["tokens"] == 300 * 4096
+    assert "<dt>Updates</dt><dd>300</dd>" in text and "<dt>Handed on: update</dt><dd>125</dd>" in text
+
+
+def test_the_speed_of_ppo_counts_its_rollouts(tmp_path):
+    """One update in four waits for a rollout: 4 x 100 tokens in 0.1 + 0.1 + 0.1 + 1.7 seconds."""
+    folder = write_run(tmp_path / "run", ("ppo",), results=False)
+    lines = [line for line in metric_lines("ppo") if "eval" not in line]
+    for n, line in enumerate(lines):
+        line["time"] = line["time"] | {"tokens_per_second": 100 / (1.7 if n % 4 == 0 else 0.1)}
+        if n % 4:
+            del line["objective/kl"]
+    (folder / "ppo" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    speed = re.search(r"<dt>Tokens/s</dt><dd>(.*?)</dd>", write_report(folder).read_text())
+    assert speed is not None and speed.group(1) == "200"
+
+
+def test_the_kinds_with_most_prompts_are_in_the_headline(page):
+    tiles = re.findall(r"<span>exact on held-out (\w+)</span>", page)
+    assert tiles == ["sums", "opposites"]
+    table = page[page.index("Exact answers") :]
+    rows = re.findall(r'<th scope="row">(\w+)</th>\s*<td class="n">(\d+)</td>', table)
+    assert rows == [("facts", "12"), ("sums", "60"), ("opposites", "20")]
+
+
 def test_the_seconds_of_the_stages_add_up(figures):
     assert list(figures["seconds_by_stage"]) == [*STEPS, "evaluate"]
     assert figures["seconds"] == pytest.approx(sum(figures["seconds_by_stage"].values()))

@@ -105,14 +105,24 @@ def test_the_learning_rate_falls_by_rollouts(home, mesh):
     assert [float(stage.schedule(np.int32(n))) for n in range(12)] == [1.0] * 4 + [0.5] * 4 + [0.0] * 4
 
 
+@pytest.mark.parametrize(("value_lr", "rate"), [(None, 1e-3), (0.1, 0.1)])
+def test_the_critic_may_have_a_learning_rate_of_its_own(home, mesh, value_lr, rate):
+    optimizer = {"lr": 1e-3, "warmup": 0.0, "schedule": "constant", "weight_decay": 0.0}
+    c = config(home, ppo={"optimizer": optimizer, "value_lr": value_lr})
+    with jax.set_mesh(mesh):
+        tx = ppo.stage(open_run(c, mesh), c.ppo).tx
+        ones = {"policy": {"w_D": np.ones(3, np.float32)}, "value": {"w_D": np.ones(3, np.float32)}}
+        updates, _ = tx.update(ones, tx.init(ones), ones)  # Adam's first step is of the length of its rate
+    np.testing.assert_allclose(updates["policy"]["w_D"], -1e-3, rtol=1e-4)
+    np.testing.assert_allclose(updates["value"]["w_D"], -rate, rtol=1e-4)
+
+
 def test_what_does_not_fit_is_told_before_the_first_rollout(home, mesh):
     def refused(match, **changes):
         c = config(home, ppo=changes)
         with jax.set_mesh(mesh), pytest.raises(UserError, match=match):
             ppo.stage(open_run(c, mesh), c.ppo)
 
-    refused(r"ppo.prompt_length \+ ppo.response_length is 54, and model.context is 32", response_length=40)
     refused(r"prompts.jsonl:\d+: prompt has \d+ tokens, ppo.prompt_length is 6", prompt_length=6)
     refused(r"small/sft/params holds a language model; a reward model is needed", reward="sft")
     refused(r"small/reward/params holds a reward model; a language model is needed", init="reward")
-    refused(r"ppo.data.path is not set", data=None)

@@ -102,6 +102,35 @@ def plain_scores(home, mesh, params, given) -> np.ndarray:
         return np.array(score(params, put_batch(plain_rows(given), mesh)))
 
 
+def plain_readings(home, mesh, models, given) -> dict[str, np.ndarray]:
+    """By the unpadded texts: log-probabilities of policy and reference, and the value before each response token."""
+    plain = plain_rows(given)
+    found = {name: np.zeros((4, N)) for name in ("policy", "reference", "value")}
+    with jax.set_mesh(mesh):
+        lm, scalar = language_model(config(home).model, VOCAB), scalar_model(config(home).model, VOCAB)
+        rows = put_batch({name: plain[name] for name in ("tokens", "segments", "positions")}, mesh)
+
+        @jax.jit
+        def logits(params, rows):
+            model = lm.bind(params)
+            return model.logits(model.hidden(**{f"{name}_BT": rows[name] for name in rows}))
+
+        @jax.jit
+        def values(params, rows):
+            return scalar.bind(params)(**{f"{name}_BT": rows[name] for name in rows})
+
+        read = {name: np.asarray(logits(models[name], rows), np.float64) / 0.7 for name in ("policy", "reference")}
+        known = np.asarray(values(models["value"], rows), np.float64)
+    for row, (length, total) in enumerate(zip(LENGTHS, plain["lengths"], strict=True)):
+        for n in range(length):
+            before = total - length + n - 1
+            for name, tempered in read.items():
+                chosen = tempered[row, before, plain["tokens"][row, before + 1]]
+                found[name][row, n] = chosen - np.log(np.exp(tempered[row, before]).sum())
+            found["value"][row, n] = known[row, before]
+    return found
+
+
 def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, models, gather):
     """Without KL, discount and whitening, every return is the score that the episode ends with."""
     given = episodes()
@@ -119,21 +148,8 @@ def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, mo
 def test_kl_is_summed_over_the_response_at_the_sampling_temperature(home, mesh, models, gather):
     given = episodes()
     batch, figures = gather(PLAIN, given, coef=0.5)
-    plain, kl = plain_rows(given), np.zeros(4)
-    with jax.set_mesh(mesh):
-        lm, rows = language_model(config(home).model, VOCAB), put_batch(plain, mesh)
-
-        @jax.jit
-        def logits(params, rows):
-            model = lm.bind(params)
-            return model.logits(model.hidden(rows["tokens"], rows["segments"], rows["positions"]))
-
-        for name, sign in (("policy", 1), ("reference", -1)):
-            tempered = np.asarray(logits(models[name], rows), np.float64) / 0.7
-            logp = tempered - np.log(np.exp(tempered).sum(-1, keepdims=True))
-            for row, length in enumerate(plain["lengths"]):
-                for at in range(length - LENGTHS[row], length):
-                    kl[row] += sign * logp[row, at - 1, plain["tokens"][row, at]]
+    read = plain_readings(home, mesh, models, given)
+    kl = np.sum(read["policy"] - read["reference"], axis=1)
     assert figures["objective/kl"] == pytest.approx(kl.mean(), rel=1e-3)
     score = plain_scores(home, mesh, models["reward"], given)
     score[3] = -1.0
@@ -141,6 +157,60 @@ def test_kl_is_summed_over_the_response_at_the_sampling_temperature(home, mesh, 
     assert figures["objective/rlhf_reward"] == pytest.approx(np.mean(score - 0.5 * kl), abs=1e-4)
     _, same = gather(PLAIN, given, coef=0.5, reference=models["policy"])
     assert same["objective/kl"] == 0.0
+
+
+def white(x: np.ndarray, mask: np.ndarray, keep_mean: bool) -> np.ndarray:
+    real = x[mask > 0]
+    scaled = (x - real.mean()) / np.sqrt(real.var() + 1e-8) + (real.mean() if keep_mean else 0.0)
+    return np.where(mask > 0, scaled, 0.0)
+
+
+def test_advantages_and_returns_are_those_of_a_loop_over_the_tokens(home, mesh, models, gather):
+    """R_t = -coef k1 (+ the score at the end), whitened; A_t = R_t + .9 V_t+1 - V_t + .9 .8 A_t+1; G_t = A_t + V_t."""
+    given, settings = episodes(), {"gamma": 0.9, "lam": 0.8, "whiten_rewards": True, "whiten_advantages": True}
+    batch, _ = gather(PLAIN.model_copy(update=settings), given, coef=0.3)
+    read, mask = plain_readings(home, mesh, models, given), given["mask"]
+    score = plain_scores(home, mesh, models["reward"], given)
+    score[3] = -1.0
+    rewards = -0.3 * (read["policy"] - read["reference"])
+    for row, length in enumerate(LENGTHS):
+        rewards[row, length - 1] += score[row]
+    rewards, advantages, returns = white(rewards, mask, keep_mean=True), np.zeros((4, N)), np.zeros((4, N))
+    for row, length in enumerate(LENGTHS):
+        later = value_after = 0.0
+        for n in reversed(range(length)):
+            delta = rewards[row, n] + 0.9 * value_after - read["value"][row, n]
+            later, value_after = delta + 0.9 * 0.8 * later, read["value"][row, n]
+            advantages[row, n], returns[row, n] = later, later + value_after
+    assert np.std(read["value"][mask > 0]) > 0.1 and abs(rewards[mask > 0].mean()) > 0.05
+    np.testing.assert_allclose(batch["old_logp"] * mask, read["policy"], atol=1e-4)
+    np.testing.assert_allclose(batch["old_values"] * mask, read["value"], atol=1e-4)
+    np.testing.assert_allclose(batch["returns"], returns, atol=1e-4)
+    np.testing.assert_allclose(batch["advantages"], white(advantages, mask, keep_mean=False), atol=1e-4)
+
+
+def test_the_loss_is_the_clipped_surrogate_and_the_clipped_value_loss_times_its_weight(home, mesh, models, gather):
+    settings = PLAIN.model_copy(update={"clip": 0.1, "value_clip": 0.4, "value_coef": 0.3})
+    given, moved = episodes(), {"policy": models["reference"], "value": models["reward"]}
+    batch, _ = gather(settings, given, coef=0.3)
+    now, _ = gather(settings, given, **moved)
+    real = given["mask"] > 0
+    old, new = (
+        {name: one[name][real].astype(np.float64) for name in ("old_logp", "old_values")} for one in (batch, now)
+    )
+    advantages, returns = batch["advantages"][real], batch["returns"][real]
+    ratio, near = np.exp(new["old_logp"] - old["old_logp"]), new["old_values"] - old["old_values"]
+    policy = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.9, 1.1))
+    clipped = old["old_values"] + np.clip(near, -0.4, 0.4)
+    value = 0.5 * np.maximum((new["old_values"] - returns) ** 2, (clipped - returns) ** 2)
+    assert np.sum(np.abs(near) > 0.4) > 2 and np.sum(np.abs(ratio - 1) > 0.1) > 2 and value.mean() > 0.1
+    with jax.set_mesh(mesh):
+        c = config(home).model
+        loss = ppo.ppo_loss(settings, language_model(c, VOCAB), scalar_model(c, VOCAB))
+        total, figures = jax.device_get(jax.jit(loss)(moved, put_batch(batch, mesh)))
+    assert float(total.mean) == pytest.approx(policy.mean() + 0.3 * value.mean(), rel=1e-4)
+    assert float(figures["loss/policy"].mean) == pytest.approx(policy.mean(), rel=1e-4)
+    assert float(figures["loss/value"].mean) == pytest.approx(value.mean(), rel=1e-4)
 
 
 def test_what_stands_behind_the_end_changes_nothing(gather):

@@ -1,6 +1,7 @@
 """One loop for all stages: interrupted anywhere and repeated, a run is bit for bit the run that was not."""
 
 import io
+import json
 import math
 import os
 import signal
@@ -15,6 +16,7 @@ from toy import ROWS, done, lines, mesh_of, rows, run, settings, stage
 from jaxgpt.mesh import put_batch
 from jaxgpt.train.checkpoint import Checkpoints, load_params, params_meta
 from jaxgpt.train.loop import Drawn, Preempted, train
+from jaxgpt.train.metrics import Clock
 
 STEPS = 9
 
@@ -64,6 +66,17 @@ def test_every_step_has_one_line_and_every_evaluation(undisturbed):
     assert (finished["step"], finished["tokens"], finished["params"], finished["skipped"]) == (9, 72, 40, 0)
     meta = params_meta(undisturbed / "params")
     assert (meta["kind"], meta["fingerprint"]) == ("toy", finished["fingerprint"])
+
+
+def test_no_iteration_measures_two_laps(tmp_path, monkeypatch):
+    """Steps fetched in one iteration share a lap: a lap of its own would be of next to no time."""
+    laps, lap = [], Clock.lap
+    monkeypatch.setattr(Clock, "lap", lambda clock, steps: laps.append(steps) or lap(clock, steps))
+    run(tmp_path, config=settings(every=8))
+    assert laps == [1, 1, 2, 1, 1, 2, 1]  # evaluations after steps 4 and 8; 9 is the last
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    times = [line["time"] for line in found if "eval" not in line]
+    assert times[2] == times[3] and times[6] == times[7]
 
 
 @pytest.mark.parametrize("step", range(STEPS))
@@ -164,6 +177,7 @@ def test_best_hands_over_the_best_evaluation_however_old(tmp_path, values, step)
     run(tmp_path / "best", config=config, steps=15, **measured(values))
     assert saved_steps(tmp_path / "best") == [step, 15]
     finished = done(tmp_path / "best")
+    assert (finished["trained"], finished["tokens"]) == (15, 15 * ROWS)  # not those of the best step alone
     run(tmp_path / "short", steps=step)
     assert finished["step"] == step and finished["fingerprint"] == done(tmp_path / "short")["fingerprint"]
     run(tmp_path / "last", config=settings(), steps=15, **measured(values))

@@ -2,8 +2,10 @@
 
 import io
 import json
+import re
 import time
 
+import pytest
 from rich.console import Console
 
 from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
@@ -71,11 +73,55 @@ def test_the_console_has_plain_lines_where_it_is_no_terminal():
     writer.write({"step": 5, "eval": {"nll": 0.25, "accuracy": None}, "time": TIME})
     writer.close()
     assert out.getvalue().splitlines() == [
-        "sft step 2/5  loss 1.5  lr 0.001  1,234 tok/s  wait 50%",
-        "sft step 4/5  loss not finite  lr 0.001  1,234 tok/s  wait 50%  skipped 1",
-        "sft step 5/5  loss 1.5  lr 0.001  1,234 tok/s  wait 50%",
+        "sft step 2/5  wait 50%  loss 1.5  lr 0.001  1,234 tok/s",
+        "sft step 4/5  skipped 1  wait 50%  loss not finite  lr 0.001  1,234 tok/s",
+        "sft step 5/5  wait 50%  loss 1.5  lr 0.001  1,234 tok/s",
         "sft step 5/5  eval  nll 0.25  accuracy not finite",
     ]
+
+
+PPO = {
+    "loss": -0.01234,
+    "objective/score": 0.5678,
+    "objective/kl": 1.234,
+    "objective/length": 21.46,
+    "objective/eos_rate": 0.9844,
+    "policy/ratio": 1.003,
+    "policy/clipfrac": 0.0512,
+    "lr": 0.00012,
+    "grad_norm": 0.8,
+    "time": TIME | {"wait": 0.0},
+}
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (40, ""),
+        (60, "loss -0.01234"),
+        (80, "loss -0.01234  score 0.5678  kl 1.234"),
+        (100, "loss -0.01234  score 0.5678  kl 1.234  len 21.46  eos 0.9844"),
+        (200, "loss -0.01234  score 0.5678  kl 1.234  len 21.46  eos 0.9844  ratio 1.003  clip 0.0512  lr 0.00012"),
+    ],
+)
+def test_a_live_line_keeps_name_step_and_eta_and_the_figures_that_fit(width, figures):
+    out = io.StringIO()
+    console = Console(file=out, width=width, force_terminal=True, legacy_windows=False, color_system=None)
+    writer = ConsoleLine(console, "ppo", steps=560, start=0, every=1)
+    for step in (120, 130):
+        writer.write(line(step, **PPO))
+    writer.close()
+    last = re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", out.getvalue()).replace("\r", "\n").splitlines()[-1].rstrip()
+    assert len(last) <= width
+    assert re.match(r"ppo [━╸╺ ]{12} 130/560 \S+", last), last
+    assert last[len("ppo") + 1 + 12 + 1 + len("130/560") + 1 :].partition(" ")[2].strip().startswith(figures)
+    assert ("tok/s" in last) == (width == 200)
+
+
+def test_steps_that_are_written_together_share_their_time():
+    clock = Clock(0.0, tokens_per_step=50)
+    time.sleep(0.05)
+    assert 1000 < clock.lap(2)["tokens_per_second"] <= 2000
 
 
 def test_the_clock_goes_on_from_earlier_starts_and_leaves_evaluations_out():

@@ -165,7 +165,7 @@ def test_integers_do_not_slip_into_a_loss():
 
     with jax.set_mesh(mesh_of(1, 1, 1)):
         state = initial_state({"x": jnp.ones(3)}, TX, {})
-        with pytest.raises(jax.errors.TypePromotionError if hasattr(jax.errors, "TypePromotionError") else Exception):
+        with pytest.raises(Exception, match="no available implicit dtype promotion path"):
             make_step(truncating, TX, lambda count: 0.0)(state, {})
 
 

@@ -1,0 +1,148 @@
+"""What a verb would find out hours later, told at once: settings that do not fit each other, data that is not there.
+
+Looks for files, reads none. Nothing here needs jax.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxgpt.config.fields import set_by
+from jaxgpt.config.load import ConfigError, Loaded
+from jaxgpt.config.schema import Config
+from jaxgpt.data.meadow.write import FILES
+from jaxgpt.data.records import expand
+from jaxgpt.data.templates import BUILT_IN
+from jaxgpt.errors import UserError, nearest
+from jaxgpt.runs import STAGES, resolved, run_folder
+
+Paths = str | tuple[str, ...]
+DATA = {
+    "sft": "a JSONL file of conversations",
+    "reward": "a JSONL file of rankings",
+    "ppo": "a JSONL file of prompts",
+    "evaluate": "a JSONL file of held-out prompts",
+}
+"""What the sections that read files of their own expect under `data.path`."""
+
+
+def check_ready(verb: str, loaded: Loaded) -> None:
+    """Raises ConfigError with all that speaks against a verb; `config` is told what holds for any verb."""
+    config = loaded.config
+    asked = STAGES if verb in ("run", "config") else (verb,)
+    stages = [name for name in STAGES if name in asked and getattr(config, name) is not None]
+    evaluates = config.evaluate is not None and verb in ("run", "config", "eval")
+    sections = [*stages, "evaluate"] if evaluates else stages
+    problems = [*_contexts(loaded, sections), *_best(loaded, stages)]
+    if verb == "run" and not stages:
+        problems.append(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
+    if verb != "config":
+        problems += _unset(loaded, sections)
+        problems += _missing(loaded, _needed(config, sections, bool(stages) or verb == "tokenizer"), verb != "eval")
+        if (stages or verb == "tokenizer") and not _learned(config) and "pretrain" not in stages:
+            problems.append(
+                "tokenizer.path_text: must be set, files to learn a tokenizer from; or data.path, or for one that "
+                "is there, tokenizer.path"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _named(loaded: Loaded, setting: str) -> str:
+    """A setting with where it was set: "sft.steps (set by run.yaml:3)"."""
+    origin = loaded.origins.get(setting, "default")
+    return f"{setting} (default)" if origin == "default" else f"{setting}{set_by(origin)}"
+
+
+def _contexts(loaded: Loaded, sections: list[str]) -> Iterator[str]:
+    """Rows longer than the model's context."""
+    config, limit = loaded.config, loaded.config.model.context
+    context = f"model.context, which is {limit}{_named(loaded, 'model.context').removeprefix('model.context')}"
+    for name in sections:
+        match name:
+            case "ppo":
+                settings = ("ppo.prompt_length", "ppo.response_length")
+            case "evaluate":
+                settings = ("evaluate.max_tokens",)
+            case _:
+                settings = (f"{name}.context",)
+        length = sum(getattr(getattr(config, name), setting.partition(".")[2]) for setting in settings)
+        what = " + ".join(_named(loaded, setting) for setting in settings)
+        if name == "evaluate" and length >= limit:
+            yield f"{what}: found {length}, expected less than {context}: prompts need room"
+        elif length > limit:
+            yield f"{what}: found {length}, expected at most {context}"
+
+
+def _best(loaded: Loaded, stages: list[str]) -> Iterator[str]:
+    """Stages that are to hand on their best parameters, and never measure any."""
+    config = loaded.config
+    for name in stages:
+        section = getattr(config, name)
+        if section.best == "last":
+            continue
+        what = f"{_named(loaded, f'{name}.best')}: found 'best', and"
+        if name == "ppo":
+            yield f"{what} PPO measures nothing on held-out data; expected last"
+        elif name == "pretrain" and config.data.val_fraction == 0:
+            yield f"{what} there is no held-out text; raise data.val_fraction above 0, or use last"
+        elif name != "pretrain" and section.data is not None and section.data.eval_path is None:
+            yield f"{what} there is no held-out data; set {name}.data.eval_path, or use last"
+
+
+def _unset(loaded: Loaded, sections: list[str]) -> Iterator[str]:
+    """Sections without their data."""
+    for name in sections:
+        if name == "pretrain" and not loaded.config.data.named:
+            yield "data.path: must be set, files of text to pretrain on (or data.sources for a mixture)"
+        elif name != "pretrain" and getattr(loaded.config, name).data is None:
+            origin = loaded.origins.get(f"{name}.data", "default")
+            place = "" if origin == "default" else set_by(origin, "unset by")
+            yield f"{name}.data.path{place}: must be set, {DATA[name]}"
+
+
+def _learned(config: Config) -> bool:
+    """Whether there is a tokenizer, or text to learn one from."""
+    return config.tokenizer.path is not None or config.tokenizer.path_text is not None or bool(config.data.named)
+
+
+def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, Paths]:
+    """The files that are read, by the setting that names them."""
+    t, needed = config.tokenizer, dict[str, Paths | None]()
+    if tokenizer:
+        needed["tokenizer.path"] = t.path
+        needed["tokenizer.path_text"] = t.path_text if t.path is None else None
+        needed["tokenizer.template"] = t.template if t.template not in BUILT_IN else None
+    if "pretrain" in sections or (tokenizer and t.path is None and t.path_text is None):
+        alone = config.data.path is not None
+        needed |= {
+            "data.path" if alone else f"data.sources.{name}.path": source.path
+            for name, source in config.data.named.items()
+        }
+    for name in sections:
+        for part in ("data", "exact"):
+            files = getattr(getattr(config, name), part, None)
+            for key in ("path", "eval_path"):
+                needed[f"{name}.{part}.{key}"] = getattr(files, key, None)
+    return {setting: given for setting, given in needed.items() if given is not None}
+
+
+def _missing(loaded: Loaded, needed: dict[str, Paths], prepares: bool) -> Iterator[str]:
+    """Files that are not there, and that `prepare` will not make."""
+    config = loaded.config
+    made = [str(run_folder(config) / "data" / name) for name in FILES] if prepares and config.prepare else []
+    for setting, given in needed.items():
+        for path in resolved(config, given):
+            if fnmatch.filter(made, os.path.normpath(path)):
+                continue
+            if setting == "tokenizer.path" and Path(path).is_dir():
+                continue
+            try:
+                expand(path)
+            except UserError as error:
+                told = str(error)
+                hint = "" if "Did you mean" in told else nearest(path, made)
+                yield f"{_named(loaded, setting)}: {told.removesuffix('.') + '.' + hint if hint else told}"

@@ -1,0 +1,138 @@
+"""What speaks against a verb is told at once, with where it was set, before jax is loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxgpt.config.load import ConfigError, load
+from jaxgpt.ready import check_ready
+
+RUN = """name: a
+prepare: {documents: 100}
+model: {context: 64}
+tokenizer:
+  path_text: "{run}/data/text/*.jsonl"
+data: {path: "{run}/data/text/c4.jsonl"}
+pretrain: {context: 64}
+sft: {context: 32, data: {path: "{run}/data/instructions.jsonl"}}
+reward: {context: 32, data: {path: "{run}/data/rankings.jsonl", eval_path: "{run}/data/rankings_eval.jsonl"}}
+ppo: {prompt_length: 16, response_length: 48, data: {path: "{run}/data/prompts.jsonl"}}
+evaluate: {max_tokens: 16, data: {path: "{run}/data/prompts_eval.jsonl"}}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(RUN)
+    return tmp_path
+
+
+def problems(verb: str, *words: str) -> list[str]:
+    try:
+        check_ready(verb, load(Path("run.yaml"), words))
+    except ConfigError as error:
+        return list(error.problems)
+    return []
+
+
+@pytest.mark.parametrize(
+    "verb", ["run", "config", "prepare", "tokenizer", "pretrain", "sft", "reward", "ppo", "report"]
+)
+def test_files_that_prepare_will_make_need_not_be_there(verb):
+    assert problems(verb) == []
+
+
+def test_every_mistake_is_told_at_once_with_where_it_was_set():
+    found = problems(
+        "run",
+        "pretrain.context=65",
+        "ppo.response_length=49",
+        "evaluate.max_tokens=64",
+        "data.val_fraction=0",
+        "pretrain.best=best",
+        "sft.best=best",
+        "reward.best=best",
+        "ppo.best=best",
+        "reward.data.path=ranks.jsonl",
+        "sft.data.eval_path={run}/data/instruction_eval.jsonl",
+        "ppo.data=null",
+    )
+    limit = "model.context, which is 64 (set by run.yaml:3)"
+    assert found == [
+        f"pretrain.context (set by 'pretrain.context=65'): found 65, expected at most {limit}",
+        "ppo.prompt_length (set by run.yaml:10) + ppo.response_length (set by 'ppo.response_length=49'): found 65, "
+        f"expected at most {limit}",
+        f"evaluate.max_tokens (set by 'evaluate.max_tokens=64'): found 64, expected less than {limit}: prompts need "
+        "room",
+        "pretrain.best (set by 'pretrain.best=best'): found 'best', and there is no held-out text; raise "
+        "data.val_fraction above 0, or use last",
+        "ppo.best (set by 'ppo.best=best'): found 'best', and PPO measures nothing on held-out data; expected last",
+        "ppo.data.path (unset by 'ppo.data=null'): must be set, a JSONL file of prompts",
+        "sft.data.eval_path (set by 'sft.data.eval_path={run}/data/instruction_eval.jsonl'): "
+        "runs/a/data/instruction_eval.jsonl does not exist, nor does the folder runs/a/data. "
+        "Did you mean 'runs/a/data/instructions_eval.jsonl'?",
+        "reward.data.path (set by 'reward.data.path=ranks.jsonl'): ranks.jsonl does not exist. "
+        "Did you mean 'runs/a/data/rankings.jsonl'?",
+    ]
+
+
+def test_a_stage_is_asked_for_its_own_section_alone():
+    wrong = ("pretrain.context=65", "sft.data=null", "reward.best=best", "reward.data.eval_path=null")
+    assert problems("ppo", *wrong) == problems("tokenizer", *wrong) == problems("prepare", *wrong) == []
+    assert problems("pretrain", *wrong)[0].startswith("pretrain.context (set by 'pretrain.context=65'): found 65")
+    assert problems("sft", *wrong) == [
+        "sft.data.path (unset by 'sft.data=null'): must be set, a JSONL file of conversations"
+    ]
+    assert problems("reward", *wrong) == [
+        "reward.best (set by 'reward.best=best'): found 'best', and there is no held-out data; set "
+        "reward.data.eval_path, or use last"
+    ]
+    assert len(problems("run", *wrong)) == 3
+
+
+def test_config_tells_what_holds_for_every_verb():
+    assert problems("config", "sft.data=null", "sft.best=best", "reward.data.path=nowhere.jsonl") == []
+    assert len(problems("config", "sft.context=65", "sft.best=best", "ppo.best=best")) == 3
+
+
+def test_without_prepare_every_file_must_be_there():
+    found = problems("run", "prepare=null")
+    settings = ("tokenizer.path_text", "data.path", "sft.data.path", "reward.data.path", "reward.data.eval_path")
+    assert [line.partition(" ")[0] for line in found] == [*settings, "ppo.data.path", "evaluate.data.path"]
+    assert found[0] == "tokenizer.path_text (set by run.yaml:5): no file matches runs/a/data/text/*.jsonl"
+    assert [line.partition(" ")[0] for line in problems("eval")] == ["evaluate.data.path"]  # it prepares nothing
+    for name in ("instructions.jsonl", "text/c4.jsonl"):
+        Path("runs/a/data", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("runs/a/data", name).touch()
+    assert problems("sft", "prepare=null") == problems("pretrain", "prepare=null") == []
+
+
+def test_a_tokenizer_needs_text_or_files():
+    words = ("data=null", "tokenizer.path_text=null")
+    assert problems("sft", *words)[0].startswith("tokenizer.path_text: must be set, files to learn a tokenizer from")
+    assert problems("pretrain", *words)[0].startswith("data.path: must be set, files of text to pretrain on")
+    for path in ("none.model", "none/"):
+        assert problems("sft", *words, f"tokenizer.path={path}")[0].startswith(
+            "tokenizer.path (set by 'tokenizer.path="
+        )
+    Path("given").mkdir()
+    assert problems("sft", *words, "tokenizer.path=given", "tokenizer.template=vicuna") == []
+    found = problems("sft", "tokenizer.template=chat.jinja")
+    assert found == ["tokenizer.template (set by 'tokenizer.template=chat.jinja'): chat.jinja does not exist."]
+
+
+def test_a_run_without_stages_has_nothing_to_do():
+    sections = "pretrain", "sft", "reward", "ppo"
+    assert problems("run", *(f"{name}=null" for name in sections))[0].startswith("there is nothing to run: the config")
+
+
+@pytest.mark.parametrize("verb", ["run", "pretrain", "config"])
+def test_the_command_line_answers_without_jax(verb):
+    code = "import sys; from jaxgpt.cli import main; c = main(sys.argv[1:]); print('jax' in sys.modules); sys.exit(c)"
+    words = [sys.executable, "-c", code, verb, "run.yaml", "pretrain.context=65"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (2, "False\n")
+    assert done.stderr.startswith("jaxgpt: pretrain.context (set by 'pretrain.context=65'): found 65, expected at most")
