@@ -32,11 +32,11 @@ def tensor_shape(layout: str, sizes: Sizes) -> tuple[int, ...]:
 def view(tensor: np.ndarray, layout: str, letters: str, sizes: Sizes) -> np.ndarray:
     """The part of `tensor` that is our array, with our dimensions `letters` in their order: nothing is copied.
 
-    What is written into it is written into the tensor.
+    What is written into it is written into the tensor, whose elements lie in C order.
     """
+    assert tensor.flags.c_contiguous
     inner = layout.replace(" ", "")
-    split = tensor.view()
-    split.shape = tuple(_size(letter, sizes) for letter in inner)  # raises where it would have to copy
+    split = tensor.reshape([_size(letter, sizes) for letter in inner])
     part = split[tuple(THIRDS.get(letter, 0) if letter in FIXED else slice(None) for letter in inner)]
     kept = [letter for letter in inner if letter not in FIXED]
     return part.transpose([kept.index(letter) for letter in letters])
