@@ -145,7 +145,7 @@ def _export(name: str, words: list[str]) -> int:
     """A finished model as a Hugging Face folder."""
     if len(words) < 2 or "=" in words[0] or "=" in words[1]:
         raise UserError(f"export: expected a run and a folder to write; usage: jaxgpt export {VERBS[name].usage}")
-    run, folder, wanted = _folder(words[0]), Path(words[1]), parse_settings(Export, words[2:])
+    run, folder, wanted = _folder(words[0]), Path(words[1]).expanduser(), parse_settings(Export, words[2:])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name another folder, or remove it")
     find_stage(run, wanted.stage)

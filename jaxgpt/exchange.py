@@ -6,7 +6,11 @@ Reads and writes folders.
 from __future__ import annotations
 
 import json
+import shlex
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -41,9 +45,9 @@ def import_folder(folder: Path, wanted: Import) -> int:
     vocab = vocabulary(foreign.model, tokenizer)
     mesh = make_mesh(wanted.mesh)
     check_model(mesh, foreign.model, vocab)
-    out = Path(wanted.out or f"runs/{foreign.path.resolve().name}")
+    out = Path(wanted.out or f"runs/{foreign.path.resolve().name}").expanduser()
     model = foreign.model.model_dump(mode="json")
-    with whole(out) as part, jax.set_mesh(mesh):
+    with _stoppable(), whole(out) as part, jax.set_mesh(mesh):
         net = (language_model if foreign.kind == "language" else scalar_model)(foreign.model, vocab)
         params = read_params(foreign, net.abstract)
         home = part / IMPORTED
@@ -57,7 +61,11 @@ def import_folder(folder: Path, wanted: Import) -> int:
         f"{foreign.family.causal if foreign.kind == 'language' else foreign.family.classifier}  "
         f"{count(params):,} parameters, {tokenizer.size:,} tokens  {time.monotonic() - began:.1f} s"
     )
-    use = f'jaxgpt sample {out} "Once upon a time"' if foreign.kind == "language" else f"ppo.reward={out}"
+    use = (
+        f'jaxgpt sample {shlex.quote(str(out))} "Once upon a time"'
+        if foreign.kind == "language"
+        else f"ppo.reward={out}"
+    )
     console.print(f"{out}   {KINDS[foreign.kind]}; next: {use}, or init={out} in a stage")
     return 0
 
@@ -72,7 +80,7 @@ def export(run: Path, folder: Path, wanted: Export) -> int:
     model = load(run, wanted.stage, wanted.mesh)
     vocab = model.config.vocab or model.tokenizer.size  # rows that pad the embedding for our own sake stay here
     config = model.config.model_copy(update={"vocab": vocab})
-    with jax.set_mesh(model.mesh):
+    with _stoppable(), jax.set_mesh(model.mesh):
         family = write_folder(
             folder,
             model.kind,
@@ -95,3 +103,13 @@ def export(run: Path, folder: Path, wanted: Export) -> int:
         f"{folder / 'README.md'} tells what transformers does with control tokens in users' text", style="dim"
     )
     return 0
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does, so that what is half-written is removed."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

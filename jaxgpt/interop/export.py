@@ -66,6 +66,9 @@ def whole(folder: Path) -> Iterator[Path]:
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name another folder, or remove it")
+    above = next(place for place in folder.absolute().parents if place.exists())
+    if not above.is_dir():
+        raise UserError(f"{folder}: {above} is a file, and a folder is needed there")
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)

@@ -11,11 +11,13 @@ from jaxgpt.interop import names
 from jaxgpt.interop.family import Family
 from jaxgpt.interop.settings import (
     ACTIVATIONS,
+    MOST_LAYERS,
     Given,
     Json,
     layer_windows,
     read_decoder,
     read_rope,
+    read_std,
     read_windows,
     their_name,
     write_decoder,
@@ -26,9 +28,9 @@ from jaxgpt.interop.settings import (
 
 
 def _read_llama(given: Given) -> Json:
-    made, biased = read_decoder(given), given("attention_bias", False)
+    made, biased = read_decoder(given), given.flag("attention_bias", False)
     made["attention"] |= {"qkv_bias": biased, "out_bias": biased}
-    made["mlp"]["bias"] = given("mlp_bias", False)
+    made["mlp"]["bias"] = given.flag("mlp_bias", False)
     return made
 
 
@@ -48,8 +50,11 @@ def _write_mistral(model: ModelConfig) -> Json:
 
 def _read_qwen2(given: Given) -> Json:
     made = read_decoder(given, kv_heads=32)
-    window = given.values.get("sliding_window", 4096) if given("use_sliding_window", False) else None
-    made["attention"] |= {"qkv_bias": True, "windows": read_windows(given, window, given("max_window_layers", 28))}
+    window = given.values.get("sliding_window", 4096) if given.flag("use_sliding_window", False) else None
+    made["attention"] |= {
+        "qkv_bias": True,
+        "windows": read_windows(given, window, given.count("max_window_layers", 28, least=0)),
+    }
     return made
 
 
@@ -58,7 +63,7 @@ def _write_qwen2(model: ModelConfig) -> Json:
 
 
 def _read_qwen3(given: Given) -> Json:
-    made, biased = _read_qwen2(given), given("attention_bias", False)
+    made, biased = _read_qwen2(given), given.flag("attention_bias", False)
     made["attention"] |= {"qkv_bias": biased, "out_bias": biased, "qk_norm": True}
     made["attention"]["head_dim"] = given("head_dim", 128)
     return made
@@ -71,27 +76,27 @@ def _write_qwen3(model: ModelConfig) -> Json:
 def _read_gpt2(given: Given) -> Json:
     given.only("scale_attn_by_inverse_layer_idx", False)
     given.only("add_cross_attention", False)
-    width, heads = given.need("n_embd"), given.need("n_head")
+    width, heads = given.count("n_embd"), given.count("n_head")
     return {
-        "vocab": given.need("vocab_size"),
+        "vocab": given.count("vocab_size"),
         "width": width,
-        "layers": given.need("n_layer"),
-        "context": given("n_positions", given("n_ctx", 1024)),
+        "layers": given.count("n_layer", most=MOST_LAYERS),
+        "context": given.count("n_positions", given("n_ctx", 1024)),
         "norm": {"type": "layernorm", "eps": given("layer_norm_epsilon", 1e-5), "bias": True},
         "positions": {"type": "learned"},
         "attention": {
             "heads": heads,
             "qkv_bias": True,
             "out_bias": True,
-            "scale": None if given("scale_attn_weights", True) else 1.0,
+            "scale": None if given.flag("scale_attn_weights", True) else 1.0,
         },
         "mlp": {
             "type": given.named("activation_function", "gelu_new", ACTIVATIONS),
             "width": given("n_inner", 4 * width),
             "bias": True,
         },
-        "tied": given("tie_word_embeddings", True),
-        "init_std": given("initializer_range", 0.02),
+        "tied": given.flag("tie_word_embeddings", True),
+        "init_std": read_std(given),
     }
 
 
@@ -114,18 +119,22 @@ def _write_gpt2(model: ModelConfig) -> Json:
 
 
 def _read_gpt_neo(given: Given) -> Json:
-    width = given.need("hidden_size")
-    kinds = [kind for pattern, times in given.need("attention_types") for kind in list(pattern) * times]
+    width = given.count("hidden_size")
+    layers, types = given.count("num_layers", most=MOST_LAYERS), given.need("attention_types")
+    told = sum(len(pattern) * times for pattern, times in types)
+    if told != layers:
+        raise UserError(f"{given.where}: attention_types has {told} entries for {layers} layers")
+    kinds = [kind for pattern, times in types for kind in list(pattern) * times]
     window = {"global": None, "local": given("window_size", 256)}
     return {
-        "vocab": given.need("vocab_size"),
+        "vocab": given.count("vocab_size"),
         "width": width,
-        "layers": given.need("num_layers"),
-        "context": given.need("max_position_embeddings"),
+        "layers": layers,
+        "context": given.count("max_position_embeddings"),
         "norm": {"type": "layernorm", "eps": given("layer_norm_epsilon", 1e-5), "bias": True},
         "positions": {"type": "learned"},
         "attention": {
-            "heads": given.need("num_heads"),
+            "heads": given.count("num_heads"),
             "out_bias": True,
             "scale": 1.0,
             "windows": [window[kind] for kind in kinds],
@@ -135,8 +144,8 @@ def _read_gpt_neo(given: Given) -> Json:
             "width": given("intermediate_size", 4 * width),
             "bias": True,
         },
-        "tied": given("tie_word_embeddings", True),
-        "init_std": given("initializer_range", 0.02),
+        "tied": given.flag("tie_word_embeddings", True),
+        "init_std": read_std(given),
     }
 
 
@@ -160,24 +169,24 @@ def _write_gpt_neo(model: ModelConfig) -> Json:
 
 
 def _read_gpt_neox(given: Given) -> Json:
-    biased = given("attention_bias", True)
+    biased = given.flag("attention_bias", True)
     return {
-        "vocab": given.need("vocab_size"),
-        "width": given.need("hidden_size"),
-        "layers": given.need("num_hidden_layers"),
-        "context": given.need("max_position_embeddings"),
+        "vocab": given.count("vocab_size"),
+        "width": given.count("hidden_size"),
+        "layers": given.count("num_hidden_layers", most=MOST_LAYERS),
+        "context": given.count("max_position_embeddings"),
         "norm": {"type": "layernorm", "eps": given("layer_norm_eps", 1e-5), "bias": True},
         "positions": read_rope(given, fraction=0.25),
-        "attention": {"heads": given.need("num_attention_heads"), "qkv_bias": biased, "out_bias": biased},
+        "attention": {"heads": given.count("num_attention_heads"), "qkv_bias": biased, "out_bias": biased},
         "mlp": {
             "type": given.named("hidden_act", "gelu", ACTIVATIONS),
-            "width": given.need("intermediate_size"),
+            "width": given.count("intermediate_size"),
             "bias": True,
         },
-        "residual": "parallel" if given("use_parallel_residual", True) else "sequential",
+        "residual": "parallel" if given.flag("use_parallel_residual", True) else "sequential",
         "shared_norm": False,
-        "tied": given("tie_word_embeddings", False),
-        "init_std": given("initializer_range", 0.02),
+        "tied": given.flag("tie_word_embeddings", False),
+        "init_std": read_std(given),
     }
 
 
@@ -202,14 +211,14 @@ def _write_gpt_neox(model: ModelConfig) -> Json:
 
 def _read_cohere(given: Given) -> Json:
     given.only("use_qk_norm", False)  # theirs is a layer norm of its own
-    made, biased = read_decoder(given), given("attention_bias", False)
+    made, biased = read_decoder(given), given.flag("attention_bias", False)
     made["attention"] |= {"qkv_bias": biased, "out_bias": biased}
     return made | {
         "norm": {"type": "layernorm", "eps": given("layer_norm_eps", 1e-5)},
         "positions": read_rope(given, base=500_000.0, pairing="interleaved"),
         "residual": "parallel",
         "shared_norm": True,
-        "tied": given("tie_word_embeddings", True),
+        "tied": given.flag("tie_word_embeddings", True),
         "logit_scale": given("logit_scale", 0.0625),
     }
 
@@ -225,16 +234,18 @@ def _write_cohere(model: ModelConfig) -> Json:
     }
 
 
-def _like_llama(kind: str, title: str, classifier: bool, read: Any, write: Any) -> Family:
+def _like_llama(
+    kind: str, title: str, classifier: bool, read: Any, write: Any, windows: tuple[str, ...] = ()
+) -> Family:
     score = f"{title}ForSequenceClassification" if classifier else None
-    return Family(kind, f"{title}ForCausalLM", score, "model.", names.LLAMA, read, write)
+    return Family(kind, f"{title}ForCausalLM", score, "model.", names.LLAMA, read, write, windows)
 
 
 FAMILIES = (
     _like_llama("llama", "Llama", True, _read_llama, _write_llama),
-    _like_llama("mistral", "Mistral", True, _read_mistral, _write_mistral),
-    _like_llama("qwen2", "Qwen2", True, _read_qwen2, _write_qwen2),
-    _like_llama("qwen3", "Qwen3", True, _read_qwen3, _write_qwen3),
+    _like_llama("mistral", "Mistral", True, _read_mistral, _write_mistral, ("sliding_window",)),
+    _like_llama("qwen2", "Qwen2", True, _read_qwen2, _write_qwen2, ("sliding_window", "layer_types")),
+    _like_llama("qwen3", "Qwen3", True, _read_qwen3, _write_qwen3, ("sliding_window", "layer_types")),
     _like_llama("cohere", "Cohere", False, _read_cohere, _write_cohere),
     Family(
         "gpt2", "GPT2LMHeadModel", "GPT2ForSequenceClassification", "transformer.", names.GPT2, _read_gpt2, _write_gpt2
@@ -264,9 +275,9 @@ FAMILIES = (
 def family_of(config: Mapping[str, Any], where: str) -> Family:
     """The family of a config.json. Raises UserError where it is none of ours."""
     known, found = {family.type: family for family in FAMILIES}, config.get("model_type")
-    if found in known:
+    if isinstance(found, str) and found in known:
         return known[found]
-    what = "has no model_type" if found is None else f"is of model_type {found!r}, which jaxgpt does not read"
+    what = "has no model_type" if found is None else f"is of model_type {found!r:.60}, which jaxgpt does not read"
     raise UserError(f"{where}: {what}.{nearest(str(found), known)} Known: {', '.join(known)}")
 
 

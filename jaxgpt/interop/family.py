@@ -17,6 +17,18 @@ from jaxgpt.errors import UserError
 from jaxgpt.interop.names import Names
 from jaxgpt.interop.settings import Given, Json, layer_windows
 
+STRANGE = (
+    "sliding_window",
+    "layer_types",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "attention_multiplier",
+    "logits_scaling",
+    "quantization_config",
+)
+"""Keys of config.json that change what a model computes, and that most families do not have."""
 NOT_ARCHITECTURE = ("init_std", "embedding_std", "dtype", "scan_layers", "remat")
 """Settings of a model that do not change what its parameters mean."""
 
@@ -38,11 +50,24 @@ class Family:
     """config.json to the fields of a ModelConfig."""
     write: Callable[[ModelConfig], Json]
     """What config.json says of a model, as far as the family can say it."""
+    windows: tuple[str, ...] = ()
+    """Which keys of STRANGE the family reads itself."""
+
+    def classes(self) -> dict[str, str]:
+        """What `architectures` can name, and what such a folder holds: "language" or "scalar"."""
+        title = self.causal.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
+        known = {self.causal: "language", f"{title}Model": "language"}
+        return known | ({self.classifier: "scalar"} if self.classifier is not None else {})
 
     def model(self, config: Mapping[str, Any], where: str) -> ModelConfig:
         """Our settings of a config.json. Raises UserError for one that we do not have; `where` begins the message."""
+        given = Given(config, where)
+        for key in STRANGE:
+            plain = key == "layer_types" and set(given(key, ())) <= {"full_attention"}
+            if key not in self.windows and not plain:
+                given.only(key, None)
         try:
-            return ModelConfig(**self.read(Given(config, where)))
+            return ModelConfig(**self.read(given))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"])) or "model"

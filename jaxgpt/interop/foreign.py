@@ -50,12 +50,11 @@ class Foreign:
         config = read_config(path)
         where = str(path / CONFIG)
         family = family_of(config, where)
-        names = config.get("architectures") or [family.causal]
-        scalar = any(name.endswith("ForSequenceClassification") for name in names)
-        if not scalar and not any(name.endswith(("ForCausalLM", "LMHeadModel", "Model")) for name in names):
-            expected = f"{family.causal} or {family.classifier}" if family.classifier else family.causal
-            raise UserError(f"{where}: architectures is {names}, expected {expected}")
-        return cls(path, config, family, family.model(config, where), "scalar" if scalar else "language")
+        named, known = config.get("architectures") or [family.causal], family.classes()
+        kind = known.get(str(named[0])) if isinstance(named, list) and len(named) == 1 else None
+        if kind is None:
+            raise UserError(f"{where}: architectures is {named!r:.60}, expected one of {', '.join(known)}")
+        return cls(path, config, family, family.model(config, where), kind)
 
     @property
     def sections(self) -> Sections:

@@ -25,6 +25,9 @@ GATES = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu", "gel
 """Of an activation with a gate."""
 
 
+MOST_LAYERS = 10_000
+
+
 class Given:
     """The settings of a config.json; `where` begins every message."""
 
@@ -45,7 +48,31 @@ class Given:
     def only(self, key: str, default: Any) -> None:
         """Raises UserError where a setting is not its default, the one value that we have."""
         if self(key, default) != default:
-            raise UserError(f"{self.where}: {key} is {self(key)!r}, which jaxgpt does not have; expected {default!r}")
+            expected = "leaving it out" if default is None else repr(default)
+            raise UserError(
+                f"{self.where}: {key} is {self(key)!r:.60}, which jaxgpt does not have here; expected {expected}"
+            )
+
+    def count(self, key: str, default: int | None = None, least: int = 1, most: int = 10**9) -> int:
+        """A whole number. Raises UserError for anything else, or where it is not there and has no default."""
+        found = self.need(key) if default is None else self(key, default)
+        if not isinstance(found, int) or isinstance(found, bool) or not least <= found <= most:
+            raise UserError(f"{self.where}: {key} is {found!r:.60}, expected a whole number from {least} to {most:,}")
+        return found
+
+    def flag(self, key: str, default: bool) -> bool:
+        """true or false. Raises UserError for anything else."""
+        found = self(key, default)
+        if not isinstance(found, bool):
+            raise UserError(f"{self.where}: {key} is {found!r:.60}, expected true or false")
+        return found
+
+    def part(self, key: str) -> Given:
+        """The settings below a key; none where it is not there. Raises UserError where it is something else."""
+        found = self(key, {})
+        if not isinstance(found, Mapping):
+            raise UserError(f"{self.where}: {key} is {found!r:.60}, expected a JSON object")
+        return Given(found, f"{self.where}: {key}")
 
     def named(self, key: str, default: str, table: Mapping[str, str]) -> str:
         """Our name of an activation. Raises UserError where we do not have it."""
@@ -68,25 +95,31 @@ def written_std(model: ModelConfig) -> float:
 
 
 def read_rope(given: Given, base: float = 10_000.0, fraction: float = 1.0, pairing: str = "half") -> Json:
-    """Rotary positions, from the keys of transformers 5 or the older ones."""
-    rope = given("rope_scaling") or given("rope_parameters") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    scaling = None
+    """Rotary positions, from the keys of transformers 5 or the older ones.
+
+    `fraction` is what a family rotates by default; only one that rotates a part reads how much.
+    """
+    rope = given.part("rope_scaling" if given("rope_scaling") else "rope_parameters")
+    kind = rope("rope_type", rope("type", "default"))
+    scaling: Json | None = None
     if kind in ("linear", "llama3"):
-        scaling = {"type": kind, "factor": rope["factor"]}
+        scaling = {"type": kind, "factor": rope.need("factor")}
     elif kind != "default":
         raise UserError(
             f"{given.where}: rotary positions are scaled by {kind!r}, which jaxgpt does not have; expected 'default', "
             "'linear' or 'llama3'"
         )
     if scaling is not None and kind == "llama3":
-        scaling |= {key: rope[key] for key in ("low_freq_factor", "high_freq_factor")}
-        scaling["original_context"] = rope.get("original_max_position_embeddings", given("max_position_embeddings"))
-    partial = rope.get("partial_rotary_factor") or given("partial_rotary_factor") or given("rotary_pct")
+        scaling |= {key: rope.need(key) for key in ("low_freq_factor", "high_freq_factor")}
+        trained = rope("original_max_position_embeddings", given("max_position_embeddings"))
+        scaling["original_context"] = given("original_max_position_embeddings", trained)
+    if fraction < 1.0:
+        old = given("partial_rotary_factor", given("rotary_pct", fraction))
+        fraction = rope("partial_rotary_factor", old)
     return {
         "type": "rope",
-        "base": rope.get("rope_theta") or given("rope_theta") or given("rotary_emb_base") or base,
-        "fraction": partial or fraction,
+        "base": rope("rope_theta", given("rope_theta", given("rotary_emb_base", base))),
+        "fraction": fraction,
         "pairing": pairing,
         "scaling": scaling,
     }
@@ -118,12 +151,14 @@ def write_rope(model: ModelConfig, partial: bool = False) -> Json:
 
 def read_windows(given: Given, window: int | None, full: int) -> list[int | None]:
     """How far each layer looks back: by layer_types, or all but the first `full` layers over `window` tokens."""
-    layers = given.need("num_hidden_layers")
-    types = given("layer_types", ["full_attention"] * full + ["sliding_attention"] * (layers - full))
+    layers = given.count("num_hidden_layers", most=MOST_LAYERS)
+    types = given("layer_types", ["full_attention"] * min(full, layers) + ["sliding_attention"] * (layers - full))
+    if len(types) != layers:
+        raise UserError(f"{given.where}: layer_types has {len(types)} entries for {layers} layers")
     unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
     if unknown:
         raise UserError(f"{given.where}: layer_types has {unknown[0]!r}, which jaxgpt does not have")
-    return [window if kind == "sliding_attention" else None for kind in types[:layers]]
+    return [window if kind == "sliding_attention" else None for kind in types]
 
 
 def layer_windows(model: ModelConfig) -> list[int | None]:
@@ -146,21 +181,29 @@ def write_windows(model: ModelConfig) -> Json:
     }
 
 
+def read_std(given: Given) -> float:
+    """Deviation of initial weights; one that is not above 0 is of no use to us."""
+    return given("initializer_range", 0.02) or 0.02
+
+
 def read_decoder(given: Given, kv_heads: int | None = None) -> Json:
     """What the LLaMA-like families share."""
-    heads = given.need("num_attention_heads")
-    groups = given("num_key_value_heads", kv_heads or heads)
+    heads = given.count("num_attention_heads")
     return {
-        "vocab": given.need("vocab_size"),
-        "width": given.need("hidden_size"),
-        "layers": given.need("num_hidden_layers"),
-        "context": given.need("max_position_embeddings"),
+        "vocab": given.count("vocab_size"),
+        "width": given.count("hidden_size"),
+        "layers": given.count("num_hidden_layers", most=MOST_LAYERS),
+        "context": given.count("max_position_embeddings"),
         "norm": {"type": "rmsnorm", "eps": given("rms_norm_eps", 1e-6)},
         "positions": read_rope(given),
-        "attention": {"heads": heads, "kv_heads": groups, "head_dim": given("head_dim")},
-        "mlp": {"type": given.named("hidden_act", "silu", GATES), "width": given.need("intermediate_size")},
-        "tied": given("tie_word_embeddings", False),
-        "init_std": given("initializer_range", 0.02) or 0.02,
+        "attention": {
+            "heads": heads,
+            "kv_heads": given.count("num_key_value_heads", kv_heads or heads),
+            "head_dim": given("head_dim"),
+        },
+        "mlp": {"type": given.named("hidden_act", "silu", GATES), "width": given.count("intermediate_size")},
+        "tied": given.flag("tie_word_embeddings", False),
+        "init_std": read_std(given),
     }
 
 

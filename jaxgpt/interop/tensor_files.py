@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from jaxgpt.errors import UserError
 
@@ -57,9 +58,8 @@ def read_header(file: Path) -> dict[str, Tensor]:
             tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{file}: not a safetensors file ({type(error).__name__}: {error})") from error
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        tensor = tensors[name]
+    for name, tensor in tensors.items():
+        begin, end = header[name]["data_offsets"]
         width = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else OTHER_BYTES.get(tensor.dtype)
         if width is not None and end - begin != width * math.prod(tensor.shape):
             raise UserError(
@@ -70,14 +70,17 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 f"{file}: cut short: {name} ends at byte {8 + length + end} and the file has {size}; copy or download "
                 "it again"
             )
-    return tensors
+    try:
+        with safe_open(file, framework="numpy"):  # looks for all else that can be wrong with a header
+            return tensors
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a safetensors file ({error})") from error
 
 
 def _tensor(entry: Mapping[str, object], file: Path, data: int) -> Tensor:
-    begin, _ = (int(at) for at in entry["data_offsets"])
-    shape = tuple(int(n) for n in entry["shape"])
-    if begin < 0 or any(n < 0 for n in shape):
-        raise ValueError("a negative number")
+    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+    if not all(isinstance(n, int) and n >= 0 for n in (begin, end, *shape)):
+        raise ValueError("what should be a whole number is none")
     return Tensor(shape, str(entry["dtype"]), file, data + begin)
 
 

@@ -28,7 +28,10 @@ LAYERS = "/blocks/"
 """In the paths of arrays that hold all layers."""
 OFFSET = "bias"
 """The score's offset, a setting of config.json (`score_bias`): transformers' classifiers have none."""
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|attn(\.attention)?\.(masked_)?bias|attention\.(masked_)?bias)$")
+BUFFERS = re.compile(
+    r"(rotary_emb\.(inv_freq|cos_cached|sin_cached)|position_ids|attn(\.attention)?\.(masked_)?bias"
+    r"|attention\.(masked_)?bias)$"
+)
 """Tensors that are no parameters; older versions of transformers saved them."""
 
 

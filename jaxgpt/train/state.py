@@ -48,6 +48,7 @@ def _mix(h: jax.Array, salt: int) -> jax.Array:
     return h ^ (h >> 16)
 
 
+@jax.jit
 def _leaf_fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     words, index = _words(x), jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
@@ -58,17 +59,14 @@ def _leaf_fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return sums[0], sums[1]
 
 
-@jax.jit
-def _fingerprints(tree: Any) -> Any:
-    return jax.tree.map(_leaf_fingerprint, tree)
-
-
 def fingerprint(tree: Any) -> str:
     """64 bits, in hex, over every bit and place of a tree's arrays; the same on any mesh.
 
-    Sums of mixed words modulo 2^32 do not depend on the order of adding, hence not on the sharding.
+    Sums of mixed words modulo 2^32 do not depend on the order of adding, hence not on the sharding. The arrays are
+    looked at one by one: all in one program would take memory for copies of all.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_fingerprints(tree)))
+    sums = jax.tree.map(lambda x: jax.block_until_ready(_leaf_fingerprint(x)), tree)
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(sums))
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(named.items()):  # by name: a tuple read back as a dict has its leaves in another order

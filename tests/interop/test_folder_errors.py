@@ -116,6 +116,21 @@ def test_tensors_too_few_or_too_many_are_named(folder):
     assert read(folder), "buffers of older versions are passed over"
 
 
+def test_settings_that_transformers_ignores_are_ignored(folder):
+    """transformers' Llama turns whole heads whatever partial_rotary_factor says, and initial weights are loaded."""
+    plain = Foreign.describe(folder).model
+    assert Foreign.describe(change(folder, partial_rotary_factor=0.5, initializer_range=0.0)).model == plain
+    assert Foreign.describe(change(folder, layer_types=["full_attention"] * 2)).model == plain
+
+
+def test_the_context_of_pretraining_is_taken_from_the_top_level_first(folder):
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    told = {"rope_scaling": {**scaling, "original_max_position_embeddings": 16}}
+    assert Foreign.describe(change(folder, **told)).model.positions.scaling.original_context == 16
+    told["original_max_position_embeddings"] = 8
+    assert Foreign.describe(change(folder, **told)).model.positions.scaling.original_context == 8
+
+
 def test_fewer_layers_than_tensors_is_no_silent_cut(folder):
     refused(change(folder, num_hidden_layers=1), "model.layers.1.mlp.down_proj.weight has no place")
     refused(change(folder, num_hidden_layers=3), "model.layers.2.input_layernorm.weight is not there, expected [16]")
@@ -131,12 +146,38 @@ def test_fewer_layers_than_tensors_is_no_silent_cut(folder):
         ({"model_type": None}, "has no model_type. Known: "),
         ({"hidden_act": "relu6"}, "hidden_act is 'relu6', which jaxgpt does not have here; expected silu"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "scaled by 'yarn', which jaxgpt does not have"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "not as LlamaForCausalLM has it (KeyError: 'factor')"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "config.json: rope_scaling: factor is not there"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', expected a JSON object"),
+        ({"rope_theta": 0}, "positions.rope.base: Input should be greater than 0"),
+        ({"sliding_window": 8}, "sliding_window is 8, which jaxgpt does not have here; expected leaving it out"),
+        ({"layer_types": ["sliding_attention"] * 2}, "layer_types is ['sliding_attention', 'sliding_attention']"),
+        ({"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0, which jaxgpt does not have"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which jaxgpt does not have"),
+        ({"model_type": ["llama"]}, "is of model_type ['llama'], which jaxgpt does not read"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers is 1000000000000, expected a whole number from 1 to 10,000"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1, expected a whole number from 1 to 10,000"),
+        ({"attention_bias": "false"}, "attention_bias is 'false', expected true or false"),
+        ({"architectures": [3]}, "architectures is [3], expected one of LlamaForCausalLM, LlamaModel"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "architectures is ['Qwen2ForCausalLM'], expected one of Llama"),
+        (
+            {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "layer_types": ["full_attention"]},
+            "layer_types has 1 entries for 2 layers",
+        ),
+        (
+            {
+                "model_type": "gpt_neo",
+                "architectures": ["GPTNeoForCausalLM"],
+                "num_layers": 2,
+                "num_heads": 2,
+                "attention_types": [[["local"], 10**10]],
+            },
+            "attention_types has 10000000000 entries for 2 layers",
+        ),
         ({"hidden_size": None}, "config.json: hidden_size is not there"),
         ({"num_attention_heads": 3}, "width 16 is not a multiple of attention.heads 3"),
-        ({"num_attention_heads": "two"}, "attention.heads: "),
-        ({"architectures": ["LlamaForTokenClassification"]}, "expected LlamaForCausalLM or LlamaForSequenceClass"),
-        ({"model_type": "gpt2"}, "config.json: n_embd is not there"),
+        ({"num_attention_heads": "two"}, "num_attention_heads is 'two', expected a whole number"),
+        ({"architectures": ["LlamaForTokenClassification"]}, "expected one of LlamaForCausalLM, LlamaModel, Ll"),
+        ({"model_type": "gpt2", "architectures": None}, "config.json: n_embd is not there"),
     ],
 )
 def test_settings_that_jaxgpt_lacks_are_named(folder, settings, said):
