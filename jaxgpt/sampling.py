@@ -131,7 +131,8 @@ def draw(logits_BV: jax.Array, uniform_B: jax.Array) -> jax.Array:
     """
     B, V = logits_BV.shape
     weights_BV = jnp.exp(logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True))
-    weights_BV = jnp.pad(weights_BV, ((0, 0), (0, -V % SUBSET)))
+    whole = max(-(-V // SUBSET), 2) * SUBSET  # a single block would be a column, of which argmax forgets the sharding
+    weights_BV = jnp.pad(weights_BV, ((0, 0), (0, whole - V)))
     blocks = weights_BV.reshape(B, -1, SUBSET)
     sums = jnp.sum(blocks, axis=-1)
     upto = jnp.cumsum(sums, axis=-1)

@@ -206,6 +206,18 @@ def test_draws_follow_the_softmax(vocab):
     assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom), (statistic, freedom)
 
 
+@pytest.mark.parametrize("vocab", [5, 128, 300])
+def test_draws_on_a_mesh_are_those_of_one_device(vocab, mesh222):
+    """Vocabularies of one block too, as of characters."""
+    rng = np.random.default_rng(vocab)
+    rows = {"logits": rng.normal(size=(16, vocab)).astype(np.float32), "uniform": rng.random(16, np.float32)}
+    drawn = []
+    for mesh in (ONE, mesh222):
+        with jax.set_mesh(mesh):
+            drawn.append(np.asarray(jax.jit(lambda r: draw(r["logits"], r["uniform"]))(put_batch(rows, mesh))))
+    assert (drawn[0] == drawn[1]).all()
+
+
 def test_what_is_impossible_is_never_drawn():
     logits = np.full((2048, 1000), -np.inf, np.float32)
     kept = np.random.default_rng(0).permutation(1000)[:30]

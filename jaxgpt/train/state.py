@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,15 +49,28 @@ def _mix(h: jax.Array, salt: int) -> jax.Array:
     return h ^ (h >> 16)
 
 
-@jax.jit
-def _leaf_fingerprint(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _sums(x: jax.Array, first: jax.Array) -> jax.Array:
+    """Two sums, [2] uint32, over the words of an array whose elements are numbered from `first` on."""
     words, index = _words(x), jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
         index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(
             jnp.uint32, x.shape, axis, out_sharding=jax.typeof(words).sharding
         )
-    sums = [jnp.sum(_mix(words ^ _mix(index, salt), salt), dtype=jnp.uint32) for salt in (0, 0x9E3779B9)]
-    return sums[0], sums[1]
+    mixed = [_mix(words ^ _mix(first + index, salt), salt) for salt in (0, 0x9E3779B9)]
+    return jnp.stack([jnp.sum(one, dtype=jnp.uint32) for one in mixed])
+
+
+@jax.jit
+def _leaf_fingerprint(x: jax.Array) -> jax.Array:
+    """`_sums` of a whole array; row by row where rows are not split, for it takes copies of what it sees."""
+    if x.ndim < 2 or jax.typeof(x).sharding.spec[0] is not None:
+        return _sums(x, jnp.uint32(0))
+    size = jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+
+    def row(total: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return total + _sums(at[0], at[1] * size), None
+
+    return jax.lax.scan(row, jnp.zeros(2, jnp.uint32), (x, jnp.arange(x.shape[0], dtype=jnp.uint32)))[0]
 
 
 def fingerprint(tree: Any) -> str:
@@ -67,7 +81,11 @@ def fingerprint(tree: Any) -> str:
     """
     sums = jax.tree.map(lambda x: jax.block_until_ready(_leaf_fingerprint(x)), tree)
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(sums))
-    named = {jax.tree_util.keystr(path, simple=True, separator="/"): int(value) for path, value in leaves}
+    named = {
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}/{i}": int(value)
+        for path, pair in leaves
+        for i, value in enumerate(pair)
+    }
     digest = hashlib.blake2b(digest_size=8)
     for name, value in sorted(named.items()):  # by name: a tuple read back as a dict has its leaves in another order
         digest.update(name.encode())
