@@ -74,7 +74,8 @@ def folder_template(path: Path) -> tuple[str, str] | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """bos_token, eos_token and pad_token by their text and add_bos_token, as far as a folder's files say."""
+    """bos_token, eos_token and pad_token by their text, add_bos_token, and end_tokens by text or id where there are
+    several, as far as a folder's files say."""
     config, special = _json(folder / CONFIG), _json(folder / SPECIAL)
     found: dict[str, Any] = {}
     for key in _NAMED:
@@ -83,10 +84,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
             found[key] = named
     if isinstance(config.get("add_bos_token"), bool):
         found["add_bos_token"] = config["add_bos_token"]
+    ids = (_json(folder / name).get("eos_token_id") for name in _MODELS)
+    ends = next((i for i in ids if i not in (None, [])), None)
+    if isinstance(config.get("end_tokens"), list):
+        found["end_tokens"] = config["end_tokens"]
+    elif isinstance(ends, list) and len(ends) > 1:
+        found["end_tokens"] = ends
     if "eos_token" not in found:
-        ids = [_json(folder / name).get("eos_token_id") for name in _MODELS]
-        wanted = next((i[0] if isinstance(i, list) else i for i in ids if i not in (None, [])), None)
-        piece = _piece(folder, wanted)
+        piece = _piece(folder, ends[0] if isinstance(ends, list) else ends)
         if piece is not None:
             found["eos_token"] = piece
     return found

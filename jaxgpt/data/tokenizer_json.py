@@ -30,7 +30,8 @@ class TokenizerJson:
 
     def __init__(self, data: bytes, settings: Mapping[str, Any] | None = None, name: str = "tokenizer.json"):
         """`settings` may name `bos_token`, `eos_token`, `pad_token` and say `add_bos_token`, as tokenizer_config.json
-        does. BOS goes in front of a text where that says so, or where the file's post-processor puts it there."""
+        does, and list `end_tokens`, by text or id, where several end what a model says. BOS goes in front of a text
+        where that says so, or where the file's post-processor puts it there."""
         library = _library(name)
         self.data, settings = data, settings or {}
         spec = _checked(data, name)
@@ -65,7 +66,11 @@ class TokenizerJson:
         self.eos = self._ids[eos]
         pads = (self._ids.get(names.get("pad_token")), self.unk, self.eos)
         self.pad: int = next(pad for pad in pads if pad is not None)
-        special = {token["content"] for token in spec["added_tokens"] if token["special"]} | {*names.values()}
+        listed = {one if isinstance(one, int) else self._ids.get(one) for one in settings.get("end_tokens", ())}
+        more = listed & {*self._ids.values()} - {self.eos}
+        self.ends: tuple[int, ...] = (self.eos, *sorted(more))
+        special = {token["content"] for token in spec["added_tokens"] if token["special"] or token["id"] in more}
+        special |= {*names.values()}
         self.control = {piece: self._ids[piece] for piece in sorted(special, key=self._ids.get) if piece != unk}
         self.names = names | ({} if self.unk is None else {"unk_token": unk})
         self.trims = {
@@ -90,12 +95,15 @@ class TokenizerJson:
     def settings(self) -> dict[str, Any]:
         """What makes this engine again, with the data."""
         named = {key: piece for key, piece in self.names.items() if key != "unk_token"}
-        return {**named, "add_bos_token": self.bos is not None}
+        texts = {token: piece for piece, token in self._ids.items()}
+        ends = {"end_tokens": [texts[token] for token in self.ends]} if len(self.ends) > 1 else {}
+        return {**named, "add_bos_token": self.bos is not None, **ends}
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of the file and of what its settings add: equal hashes tokenize alike."""
-        return hashlib.sha256(self.data + repr((self.bos, self.eos, self.pad)).encode()).hexdigest()
+        adds = (self.bos, self.eos, self.pad, *self.ends[1:])
+        return hashlib.sha256(self.data + repr(adds).encode()).hexdigest()
 
     @cached_property
     def added(self) -> tuple[dict[str, Any], ...]:

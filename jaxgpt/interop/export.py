@@ -100,7 +100,8 @@ def _config(family: Family, kind: str, model: ModelConfig, params: Params, token
 
 
 def _ids(tokenizer: Tokenizer) -> Json:
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
+    ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eos
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.pad}
 
 
 def _card(family: Family, kind: str, params: Params, tokenizer: Tokenizer) -> str:

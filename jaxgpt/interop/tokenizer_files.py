@@ -27,8 +27,8 @@ def with_pad(tokenizer: Tokenizer) -> Tokenizer:
     the last token that is not padding. Its own one, else unknown, else a piece added behind all others."""
     engine = tokenizer.engine
     own = engine.names.get("pad_token")
-    unknown = engine.names.get("unk_token") if tokenizer.unk != tokenizer.eos else None
-    if own is not None and tokenizer.pad != tokenizer.eos:
+    unknown = engine.names.get("unk_token") if tokenizer.unk not in tokenizer.ends else None
+    if own is not None and tokenizer.pad not in tokenizer.ends:
         return tokenizer
     settings, data = {**engine.settings, "pad_token": unknown or PAD}, engine.data
     if isinstance(engine, SentencePieceModel):  # which always has an unknown piece

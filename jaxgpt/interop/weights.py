@@ -161,7 +161,8 @@ def write_weights(
 ) -> list[str]:
     """Writes all tensors as safetensors of at most `largest` bytes, and their index; returns the files' names.
 
-    Rows of the embedding beyond `model.vocab` are left out, and rows that it lacks are zeros. `dtype` is as in the files' headers: "F32" or "BF16".
+    Rows of the embedding beyond `model.vocab` are left out, and rows that it lacks are zeros. `dtype` is as in the
+    files' headers: "F32" or "BF16".
     """
     sizes, arrays, parts = sizes_of(model), paths_of(params), parts_of(family, params)
     shapes = {name: tensor_shape(inside[0].layout, sizes) for name, inside in parts.items()}
