@@ -85,9 +85,10 @@ class TokenizerJson:
 
     def _check(self, name: str) -> None:
         """Raises UserError where the library gives ids other than the file's, or where text becomes a control id."""
-        for piece, token in self.control.items():
+        for piece, token in (self.control | {one["content"]: one["id"] for one in self.added}).items():
             if self._pieces.token_to_id(piece) != token:
                 raise UserError(f"{name}: damaged: {piece} is {token} there, and not to the tokenizers library")
+        for piece, token in self.control.items():
             if token in self.encode(piece):
                 raise UserError(f"{name}: the text {piece} cannot be kept apart from the control token of this name")
 
@@ -109,6 +110,11 @@ class TokenizerJson:
     def added(self) -> tuple[dict[str, Any], ...]:
         """The file's added tokens, special or not, as they stand there."""
         return tuple(self._spec["added_tokens"])
+
+    @property
+    def prepends(self) -> bool:
+        """Whether a byte-level vocabulary puts a space in front of texts (add_prefix_space)."""
+        return prefix_space(self._spec) or False
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -151,8 +157,14 @@ class TokenizerJson:
         return self._pieces.decode(tokens, skip_special_tokens=False)
 
 
-def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
-    """A tokenizer.json of GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
+def from_merges(
+    vocab: bytes, merges: bytes, name: str, more: Mapping[str, Mapping[str, Any]], prefix_space: bool = False
+) -> bytes:
+    """A tokenizer.json of GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe).
+
+    `more` are the flags of added tokens by text, with the id of those that are no pieces of the vocabulary. With
+    `prefix_space` a text is tokenized as if a space stood before it.
+    """
     try:
         pieces = json.loads(vocab)
         lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
@@ -161,15 +173,16 @@ def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
             raise ValueError("a merge that is no piece of the vocabulary")
     except ValueError as error:
         raise UserError(f"{name}: not a byte-level vocabulary with its merges ({error})") from error
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    level = {"type": "ByteLevel", "add_prefix_space": prefix_space, "trim_offsets": False, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"content": text, **flags, **own, **_id(pieces, text)} for text, own in ({END: {}} | dict(more)).items()]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     affixes = {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": pieces[END], "content": END, **flags}] if END in pieces else [],
+        "added_tokens": sorted((token for token in added if "id" in token), key=lambda token: token["id"]),
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": level,
@@ -177,6 +190,16 @@ def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
         "model": {**model, **affixes, "vocab": pieces, "merges": pairs},
     }
     return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def prefix_space(spec: Mapping[str, Any]) -> bool | None:
+    """What a tokenizer.json that splits texts as GPT-2 does says of add_prefix_space; None for any other."""
+    splitter = spec.get("pre_tokenizer") or {}
+    return splitter.get("add_prefix_space", True) if splitter.get("type") == "ByteLevel" else None
+
+
+def _id(pieces: Mapping[str, int], text: str) -> dict[str, int]:
+    return {"id": pieces[text]} if text in pieces else {}
 
 
 def _library(name: str) -> Any:

@@ -61,7 +61,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, model_type: str | None =
         more = {"add_prefix_space": engine.prepends}
     else:
         added = [{**token, "special": token["special"] or token["content"] in engine.control} for token in engine.added]
-        more = {}
+        more = {"add_prefix_space": True} if engine.prepends else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **engine.settings,

@@ -1,4 +1,4 @@
-"""Conversations are rendered by one template, which says all: trained is exactly what the assistant says and its end."""
+"""Conversations are rendered by one template that says all: trained is exactly what the assistant says and its end."""
 
 import functools
 import io
