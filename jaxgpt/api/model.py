@@ -281,7 +281,10 @@ class Model:
     def _decode(
         self, params: Params, state: Decoding, key: jax.Array, temperature: jax.Array, kept: Any, limit: jax.Array
     ) -> Decoding:
-        ends, pad, pieces = self.tokenizer.ends, self.tokenizer.pad, self.tokenizer.size
+        ends, pad = self.tokenizer.ends, self.tokenizer.pad
+        pieces = (
+            self.tokenizer.size if self.config.vocab is None else None
+        )  # rows that the model's own settings ask for
         return advance(self.net.bind(params), state, key, temperature, kept, ends, pad, limit, pieces)
 
 
