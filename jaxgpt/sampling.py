@@ -5,6 +5,8 @@ Letters: B batch, P prompt length, N new tokens, S = P + N cache slots, V vocabu
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -181,12 +183,12 @@ def advance(
     key: jax.Array,
     temperature: jax.Array,
     kept: Filter | None,
-    end: int,
+    ends: Sequence[int],
     pad: int,
     limit: jax.Array | int,
     pieces: int | None = None,
 ) -> Decoding:
-    """Decodes until every row has ended or `limit` tokens are there. Temperature 0 takes the likeliest token.
+    """Decodes until every row has one of `ends` or `limit` tokens are there. Temperature 0 takes the likeliest token.
 
     With `pieces`, ids from there on (rows that pad the embedding) are never drawn; unset draws from the exact softmax.
     Log-probabilities are of the whole softmax either way, as everywhere.
@@ -215,7 +217,7 @@ def advance(
             tokens_BN=jax.lax.dynamic_update_slice(s.tokens_BN, token_B[:, None], at),
             logp_BN=jax.lax.dynamic_update_slice(s.logp_BN, logp_B[:, None], at),
             lengths_B=s.lengths_B + (~s.done_B).astype(jnp.int32),
-            done_B=s.done_B | (token_B == end),
+            done_B=functools.reduce(operator.or_, (token_B == end for end in ends), s.done_B),
             count=s.count + 1,
         )
 
@@ -245,10 +247,10 @@ def generate(
     *,
     new: int,
     temperature: jax.Array | float,
-    end: int,
+    ends: Sequence[int],
     pad: int,
     kept: Filter | None = None,
 ) -> Decoding:
     """Responses of at most `new` tokens to left-padded prompts, from softmax(logits / temperature)."""
     state = start(lm, prompts_BP, segments_BP, new, pad)
-    return advance(lm, state, key, jnp.asarray(temperature, jnp.float32), kept, end, pad, new)
+    return advance(lm, state, key, jnp.asarray(temperature, jnp.float32), kept, ends, pad, new)

@@ -121,6 +121,17 @@ def test_rows_that_pad_the_vocabulary_are_never_sampled(sft):
     assert all(token < size for r in sft.generate([ROWS[0]] * 24, 32, 8.0) for token in r.tokens)
 
 
+def test_rows_that_the_models_settings_ask_for_are_sampled(sft):
+    """As transformers does, where an imported model has more rows than its tokenizer has pieces."""
+    model = jaxgpt.load(sft.folder)
+    model.config = model.config.model_copy(update={"vocab": VOCAB})
+    likeliest = model.logits(ROWS)[[0, 1, 2], [4, 1, 2]]
+    assert [r.tokens[0] for r in model.generate(ROWS, 8, 0.0)] == likeliest.argmax(-1).tolist()
+    responses = model.generate([ROWS[0]] * 24, 32, 8.0)
+    assert any(token >= model.tokenizer.size for r in responses for token in r.tokens)
+    assert all(r.text == model.decode(r.tokens) for r in responses)
+
+
 def test_the_narrowest_filters_take_the_likeliest_token(sft):
     likeliest = [response.tokens for response in sft.generate(PROMPTS, 8, 0.0)]
     assert [r.tokens for r in sft.generate(PROMPTS, 8, 1.0, top_k=1)] == likeliest

@@ -70,7 +70,15 @@ class Sampler:
         lm, key = self.net.bind(params), jax.random.key(5)
         with jax.numpy_dtype_promotion("strict"):
             return generate(
-                lm, rows["tokens"], rows["segments"], key, new=NEW, temperature=temperature, end=end, pad=PAD, kept=kept
+                lm,
+                rows["tokens"],
+                rows["segments"],
+                key,
+                new=NEW,
+                temperature=temperature,
+                ends=(end,),
+                pad=PAD,
+                kept=kept,
             )
 
     def score(self, sequences, temperature=1.0):
@@ -168,7 +176,7 @@ def test_decoding_in_parts_and_with_vocabulary_rows_left_out(model):
     @jax.jit
     def go(params, state, limit, temperature):
         key = jax.random.key(5)
-        return advance(model.net.bind(params), state, key, temperature, None, -1, PAD, limit, pieces)
+        return advance(model.net.bind(params), state, key, temperature, None, (), PAD, limit, pieces)
 
     with jax.set_mesh(ONE):
         first = begin(model.params, put_batch(left_padded(PROMPTS, 4, 12, PAD), ONE), NEW)

@@ -64,7 +64,7 @@ def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:
         found.path,
         found.kind,
         found.model,
-        vocabulary(found.model, tokenizer),
+        vocabulary(found.model, tokenizer, found.path, found.path),
         tokenizer,
         devices,
         lambda target: read_params(found, target),

@@ -253,7 +253,7 @@ class Model:
         self, tokens: list[int], logp: np.ndarray, done: bool, stop: Sequence[str]
     ) -> tuple[Generation, bool]:
         """The response, and whether it met a stop string; it then ends with the token that completed that one."""
-        text = self.decode(tokens)
+        text = self.decode(tokens[:-1] if done else tokens)
         if not any(word in text for word in stop):
             return Generation(text, tokens, logp.copy(), done), False
         prefixes = ((n, self.decode(tokens[:n])) for n in range(1, len(tokens) + 1))
@@ -281,8 +281,11 @@ class Model:
     def _decode(
         self, params: Params, state: Decoding, key: jax.Array, temperature: jax.Array, kept: Any, limit: jax.Array
     ) -> Decoding:
-        end, pad, pieces = self.tokenizer.eos, self.tokenizer.pad, self.tokenizer.size
-        return advance(self.net.bind(params), state, key, temperature, kept, end, pad, limit, pieces)
+        ends, pad = self.tokenizer.ends, self.tokenizer.pad
+        pieces = (
+            self.tokenizer.size if self.config.vocab is None else None
+        )  # rows that the model's own settings ask for
+        return advance(self.net.bind(params), state, key, temperature, kept, ends, pad, limit, pieces)
 
 
 def _conversations(given: Any) -> list[Messages]:

@@ -92,8 +92,8 @@ def render(
     """Token ids and loss mask of a conversation: 1 on what the assistant says and the token that ends it, else 0.
 
     Text between two control pieces is tokenized in one go, as transformers does, and a token is trained where any of
-    its characters is. There is exactly one BOS, in front, where the tokenizer has one. Control pieces come from the
-    template alone: the same characters in a message are plain text. With `add_generation_prompt` the ids end where the
+    its characters is. Control pieces, BOS among them, come from the template alone, and several BOS in front become
+    one: the same characters in a message are plain text. With `add_generation_prompt` the ids end where the
     assistant is to speak. Raises UserError where the template refuses the messages.
     """
     speaks = any(message.get("role") == "assistant" for message in messages)
@@ -120,10 +120,8 @@ def render(
             new, starts = tokenizer.encode_spans(text)
             mask += _overlapping(starts, parts)
         ids += new
-    if tokenizer.bos is None:
-        return ids, mask
     start = next((at for at, token in enumerate(ids) if token != tokenizer.bos), len(ids))
-    return [tokenizer.bos, *ids[start:]], [0, *mask[start:]]
+    return ids[max(start - 1, 0) :], mask[max(start - 1, 0) :]
 
 
 def render_text(tokenizer: Tokenizer, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:

@@ -37,7 +37,8 @@ class SentencePieceModel:
 
     def __init__(self, data: bytes, settings: Mapping[str, Any] | None = None, name: str = "tokenizer"):
         """`settings` may name `bos_token`, `eos_token` and `pad_token` and say `add_bos_token`, as Hugging Face's
-        tokenizer_config.json does; unset means what the model says."""
+        tokenizer_config.json does, and list `end_tokens`, by text or id, where several end what a language model says;
+        unset means what the SentencePiece model says."""
         self.data, settings = data, settings or {}
         try:
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=data)
@@ -59,6 +60,9 @@ class SentencePieceModel:
             raise UserError(f"{name}: the model has no eos (</s>) piece; train it with eos_id, or train one here")
         self.bos = bos if settings.get("add_bos_token", True) else None
         self.eos: int = eos
+        known = {pieces.id_to_piece(i): i for i in range(self.size)}
+        listed = {one if isinstance(one, int) else known.get(one) for one in settings.get("end_tokens", ())}
+        self.ends: tuple[int, ...] = (eos, *sorted(listed & {*known.values()} - {eos}))
         self.pad: int = pad if pad is not None else self.unk if self.unk is not None else eos
         named = {"bos_token": bos, "eos_token": eos, "unk_token": self.unk, "pad_token": pad}
         self.names = {key: pieces.id_to_piece(token) for key, token in named.items() if token is not None}
@@ -78,7 +82,8 @@ class SentencePieceModel:
     @property
     def settings(self) -> dict[str, Any]:
         """What makes this engine again, with the data."""
-        return {**self.names, "add_bos_token": self.bos is not None}
+        ends = {"end_tokens": [*map(self._piece, self.ends)]} if len(self.ends) > 1 else {}
+        return {**self.names, "add_bos_token": self.bos is not None, **ends}
 
     @cached_property
     def hash(self) -> str:
@@ -86,7 +91,7 @@ class SentencePieceModel:
         pieces, unk = self._pieces, -1 if self.unk is None else self.unk
         pads = (pieces.pad_id(), unk, pieces.eos_id())
         own = (pieces.bos_id(), pieces.eos_id(), next((pad for pad in pads if pad >= 0), -1))
-        ours = (-1 if self.bos is None else self.bos, self.eos, self.pad)
+        ours = (-1 if self.bos is None else self.bos, self.eos, self.pad, *self.ends[1:])
         return hashlib.sha256(self.data + (b"" if ours == own else repr(ours).encode())).hexdigest()
 
     @cached_property

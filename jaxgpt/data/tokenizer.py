@@ -33,6 +33,9 @@ class Tokenizer:
         self.bos: int | None = engine.bos
         """What the tokenizer puts in front of a text; None where it puts nothing there."""
         self.eos: int = engine.eos
+        """Ends every text that a model is trained on."""
+        self.ends: tuple[int, ...] = engine.ends
+        """What ends a response: eos first, and whatever else the folder that the tokenizer came from lists."""
         self.pad: int = engine.pad
         """Fills rows; padding is known by lengths, never by this id."""
         self.unk: int | None = engine.unk

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
-from jaxgpt.data.tokenizer_json import TokenizerJson, from_merges
+from jaxgpt.data.tokenizer_json import TokenizerJson, from_merges, prefix_space
 from jaxgpt.errors import UserError, nearest
 
 Engine = SentencePieceModel | TokenizerJson
@@ -23,6 +23,7 @@ MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
 """Files of a byte-level vocabulary, and of its merges beside it."""
 TEMPLATES = ("template.jinja", "chat_template.jinja", "chat_template.json")
 _MODELS = ("generation_config.json", "config.json")
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -38,7 +39,7 @@ def read_engine(path: Path) -> Engine:
     if path.name in MERGES:
         return _from_merges(path)
     if path.suffix == ".json":
-        return TokenizerJson(path.read_bytes(), read_settings(path.parent), str(path))
+        return _from_json(path)
     raise UserError(
         f"tokenizer {path}: expected a folder, a SentencePiece .model, a tokenizer.json, or a vocab.json with its "
         "merges.txt"
@@ -52,7 +53,7 @@ def tokenizer_files(path: Path) -> list[Path]:
         return [path]
     if path.name in MERGES:
         names = (path.name, MERGES[path.name])
-    beside = (*TEMPLATES, CONFIG, SPECIAL, ADDED, *_MODELS) if path.is_dir() else (CONFIG, SPECIAL, *_MODELS)
+    beside = (*(TEMPLATES if path.is_dir() else ()), CONFIG, SPECIAL, ADDED, *_MODELS)
     return [home / name for name in (*names, *beside) if (home / name).is_file()] or [path]
 
 
@@ -74,7 +75,8 @@ def folder_template(path: Path) -> tuple[str, str] | None:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """bos_token, eos_token and pad_token by their text and add_bos_token, as far as a folder's files say."""
+    """bos_token, eos_token and pad_token by their text, add_bos_token, and end_tokens by text or id where there are
+    several, as far as a folder's files say."""
     config, special = _json(folder / CONFIG), _json(folder / SPECIAL)
     found: dict[str, Any] = {}
     for key in _NAMED:
@@ -83,10 +85,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
             found[key] = named
     if isinstance(config.get("add_bos_token"), bool):
         found["add_bos_token"] = config["add_bos_token"]
+    ids = (_json(folder / name).get("eos_token_id") for name in _MODELS)
+    ends = next((i for i in ids if i not in (None, [])), None)
+    if isinstance(config.get("end_tokens"), list):
+        found["end_tokens"] = config["end_tokens"]
+    elif isinstance(ends, list) and len(ends) > 1:
+        found["end_tokens"] = ends
     if "eos_token" not in found:
-        ids = [_json(folder / name).get("eos_token_id") for name in _MODELS]
-        wanted = next((i[0] if isinstance(i, list) else i for i in ids if i not in (None, [])), None)
-        piece = _piece(folder, wanted)
+        piece = _piece(folder, ends[0] if isinstance(ends, list) else ends)
         if piece is not None:
             found["eos_token"] = piece
     return found
@@ -103,7 +109,7 @@ def _from_folder(path: Path) -> Engine:
         if not lacking:
             return engine
     if file.is_file():
-        return TokenizerJson(file.read_bytes(), settings, str(file))
+        return _from_json(file)
     if lacking:
         raise UserError(
             f"{path}: the added token {lacking[0]} is no piece of {MODEL}, and there is no {JSON} to have it; save the "
@@ -116,17 +122,34 @@ def _from_folder(path: Path) -> Engine:
     raise UserError(f"tokenizer {path}: no {MODEL}, {JSON} or vocab.json with merges.txt in this folder{found}")
 
 
+def _from_json(file: Path) -> TokenizerJson:
+    engine = TokenizerJson(file.read_bytes(), read_settings(file.parent), str(file))
+    wanted, found = _json(file.parent / CONFIG).get("add_prefix_space"), prefix_space(_json(file))
+    if isinstance(wanted, bool) and found not in (None, wanted):
+        raise UserError(
+            f"{file}: its ByteLevel pre-tokenizer has add_prefix_space {_word(found)}, and {CONFIG} beside it says "
+            f"{_word(wanted)}; make both say what the model was trained with"
+        )
+    return engine
+
+
+def _word(value: Any) -> str:
+    return json.dumps(value)
+
+
 def _from_merges(vocab: Path) -> TokenizerJson:
     merges = vocab.parent / MERGES[vocab.name]
     if not merges.is_file():
         raise UserError(f"tokenizer {vocab}: its merges are missing: expected {merges.name} beside it")
-    kind = _json(vocab.parent / CONFIG).get("tokenizer_class", "GPT2Tokenizer")
+    config = _json(vocab.parent / CONFIG)
+    kind = config.get("tokenizer_class", "GPT2Tokenizer")
     if str(kind).removesuffix("Fast") != "GPT2Tokenizer":
         raise UserError(
             f"tokenizer {vocab}: of a {kind}, which splits text in a way of its own that only a {JSON} tells; save the "
             f"tokenizer once more by transformers, which writes {JSON}"
         )
-    data = from_merges(vocab.read_bytes(), merges.read_bytes(), str(vocab))
+    prefix = config.get("add_prefix_space") is True
+    data = from_merges(vocab.read_bytes(), merges.read_bytes(), str(vocab), _beside(vocab.parent), prefix)
     return TokenizerJson(data, read_settings(vocab.parent), str(vocab))
 
 
@@ -147,6 +170,22 @@ def _added(folder: Path) -> list[str]:
     return list(dict.fromkeys(t for t in (*named, *listed, *more, *_json(folder / ADDED)) if t is not None))
 
 
+def _beside(folder: Path) -> dict[str, dict[str, Any]]:
+    """The flags of the tokens that a folder's files say were added or name, by text; with their ids where told."""
+    config, special = _json(folder / CONFIG), _json(folder / SPECIAL)
+    parts = (config, special)
+    named = {_text(value) for part in parts for key, value in part.items() if key.endswith("_token")}
+    named |= {_text(token) for part in parts for token in part.get("additional_special_tokens") or ()}
+    found: dict[str, dict[str, Any]] = {text: {} for text in sorted(text for text in named if text is not None)}
+    for text, token in _json(folder / ADDED).items():
+        found[text] = {"id": token, "special": False}
+    for token, one in (config.get("added_tokens_decoder") or {}).items():
+        if isinstance(one, dict) and _text(one) is not None:
+            flags = {key: one[key] for key in _FLAGS if isinstance(one.get(key), bool)}
+            found[one["content"]] = {"special": False, **flags, "id": int(token)}
+    return {text: {**flags, "special": True} if text in named else flags for text, flags in found.items()}
+
+
 def _piece(folder: Path, token: Any) -> str | None:
     """The added token of a number, by the files that give one."""
     if not isinstance(token, int):
@@ -154,7 +193,8 @@ def _piece(folder: Path, token: Any) -> str | None:
     if (folder / JSON).is_file():
         added = _json(folder / JSON).get("added_tokens") or ()
         return next((one["content"] for one in added if one.get("id") == token), None)
-    return _text((_json(folder / CONFIG).get("added_tokens_decoder") or {}).get(str(token)))
+    listed = {one: text for text, one in _json(folder / ADDED).items()}
+    return _text((_json(folder / CONFIG).get("added_tokens_decoder") or {}).get(str(token))) or listed.get(token)
 
 
 def _values(part: Any) -> list[Any]:

@@ -30,7 +30,8 @@ class TokenizerJson:
 
     def __init__(self, data: bytes, settings: Mapping[str, Any] | None = None, name: str = "tokenizer.json"):
         """`settings` may name `bos_token`, `eos_token`, `pad_token` and say `add_bos_token`, as tokenizer_config.json
-        does. BOS goes in front of a text where that says so, or where the file's post-processor puts it there."""
+        does, and list `end_tokens`, by text or id, where several end what a model says. BOS goes in front of a text
+        where that says so, or where the file's post-processor puts it there."""
         library = _library(name)
         self.data, settings = data, settings or {}
         spec = _checked(data, name)
@@ -65,7 +66,11 @@ class TokenizerJson:
         self.eos = self._ids[eos]
         pads = (self._ids.get(names.get("pad_token")), self.unk, self.eos)
         self.pad: int = next(pad for pad in pads if pad is not None)
-        special = {token["content"] for token in spec["added_tokens"] if token["special"]} | {*names.values()}
+        listed = {one if isinstance(one, int) else self._ids.get(one) for one in settings.get("end_tokens", ())}
+        more = listed & {*self._ids.values()} - {self.eos}
+        self.ends: tuple[int, ...] = (self.eos, *sorted(more))
+        special = {token["content"] for token in spec["added_tokens"] if token["special"] or token["id"] in more}
+        special |= {*names.values()}
         self.control = {piece: self._ids[piece] for piece in sorted(special, key=self._ids.get) if piece != unk}
         self.names = names | ({} if self.unk is None else {"unk_token": unk})
         self.trims = {
@@ -80,9 +85,10 @@ class TokenizerJson:
 
     def _check(self, name: str) -> None:
         """Raises UserError where the library gives ids other than the file's, or where text becomes a control id."""
-        for piece, token in self.control.items():
+        for piece, token in (self.control | {one["content"]: one["id"] for one in self.added}).items():
             if self._pieces.token_to_id(piece) != token:
                 raise UserError(f"{name}: damaged: {piece} is {token} there, and not to the tokenizers library")
+        for piece, token in self.control.items():
             if token in self.encode(piece):
                 raise UserError(f"{name}: the text {piece} cannot be kept apart from the control token of this name")
 
@@ -90,17 +96,25 @@ class TokenizerJson:
     def settings(self) -> dict[str, Any]:
         """What makes this engine again, with the data."""
         named = {key: piece for key, piece in self.names.items() if key != "unk_token"}
-        return {**named, "add_bos_token": self.bos is not None}
+        texts = {token: piece for piece, token in self._ids.items()}
+        ends = {"end_tokens": [texts[token] for token in self.ends]} if len(self.ends) > 1 else {}
+        return {**named, "add_bos_token": self.bos is not None, **ends}
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 (hex) of the file and of what its settings add: equal hashes tokenize alike."""
-        return hashlib.sha256(self.data + repr((self.bos, self.eos, self.pad)).encode()).hexdigest()
+        adds = (self.bos, self.eos, self.pad, *self.ends[1:])
+        return hashlib.sha256(self.data + repr(adds).encode()).hexdigest()
 
     @cached_property
     def added(self) -> tuple[dict[str, Any], ...]:
         """The file's added tokens, special or not, as they stand there."""
         return tuple(self._spec["added_tokens"])
+
+    @property
+    def prepends(self) -> bool:
+        """Whether a byte-level vocabulary puts a space in front of texts (add_prefix_space)."""
+        return prefix_space(self._spec) or False
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -143,8 +157,14 @@ class TokenizerJson:
         return self._pieces.decode(tokens, skip_special_tokens=False)
 
 
-def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
-    """A tokenizer.json of GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe)."""
+def from_merges(
+    vocab: bytes, merges: bytes, name: str, more: Mapping[str, Mapping[str, Any]], prefix_space: bool = False
+) -> bytes:
+    """A tokenizer.json of GPT-2's two files: vocab.json (or encoder.json) and merges.txt (or vocab.bpe).
+
+    `more` are the flags of added tokens by text, with the id of those that are no pieces of the vocabulary. With
+    `prefix_space` a text is tokenized as if a space stood before it.
+    """
     try:
         pieces = json.loads(vocab)
         lines = [line for line in merges.decode().split("\n") if line and not line.startswith("#version")]
@@ -153,15 +173,16 @@ def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
             raise ValueError("a merge that is no piece of the vocabulary")
     except ValueError as error:
         raise UserError(f"{name}: not a byte-level vocabulary with its merges ({error})") from error
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+    level = {"type": "ByteLevel", "add_prefix_space": prefix_space, "trim_offsets": False, "use_regex": True}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"content": text, **flags, **own, **_id(pieces, text)} for text, own in ({END: {}} | dict(more)).items()]
     model = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     affixes = {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     spec = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": pieces[END], "content": END, **flags}] if END in pieces else [],
+        "added_tokens": sorted((token for token in added if "id" in token), key=lambda token: token["id"]),
         "normalizer": None,
         "pre_tokenizer": level,
         "post_processor": level,
@@ -169,6 +190,16 @@ def from_merges(vocab: bytes, merges: bytes, name: str) -> bytes:
         "model": {**model, **affixes, "vocab": pieces, "merges": pairs},
     }
     return json.dumps(spec, ensure_ascii=False).encode()
+
+
+def prefix_space(spec: Mapping[str, Any]) -> bool | None:
+    """What a tokenizer.json that splits texts as GPT-2 does says of add_prefix_space; None for any other."""
+    splitter = spec.get("pre_tokenizer") or {}
+    return splitter.get("add_prefix_space", True) if splitter.get("type") == "ByteLevel" else None
+
+
+def _id(pieces: Mapping[str, int], text: str) -> dict[str, int]:
+    return {"id": pieces[text]} if text in pieces else {}
 
 
 def _library(name: str) -> Any:

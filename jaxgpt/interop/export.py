@@ -17,7 +17,7 @@ from jaxgpt.interop.families import family_for
 from jaxgpt.interop.family import Family
 from jaxgpt.interop.folder import CONFIG, write_json
 from jaxgpt.interop.settings import Json
-from jaxgpt.interop.tokenizer_files import tokenizer_files
+from jaxgpt.interop.tokenizer_files import tokenizer_files, with_pad
 from jaxgpt.interop.weights import OFFSET, write_weights
 from jaxgpt.models.net import Params
 
@@ -46,6 +46,10 @@ def write_folder(
     Raises UserError where transformers has no class for the model, or would tokenize differently.
     """
     family = choose_family(model, kind)
+    if kind == "scalar":
+        tokenizer = with_pad(tokenizer)
+        assert model.vocab is not None
+        model = model.model_copy(update={"vocab": max(model.vocab, tokenizer.pad + 1)})
     files = tokenizer_files(tokenizer, model.context, family.type)
     with whole(folder) as part:
         for name, content in files.items():
@@ -94,17 +98,13 @@ def _config(family: Family, kind: str, model: ModelConfig, params: Params, token
     }
     if kind == "scalar":
         config |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        config |= {"pad_token_id": _score_pad(tokenizer), "score_bias": float(params[OFFSET])}
+        config |= {"score_bias": float(params[OFFSET])}
     return config
 
 
 def _ids(tokenizer: Tokenizer) -> Json:
-    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": tokenizer.pad}
-
-
-def _score_pad(tokenizer: Tokenizer) -> int:
-    """A token that ends no conversation: transformers reads the score at the last token that is not this one."""
-    return tokenizer.pad if tokenizer.pad != tokenizer.eos else next(i for i in range(2) if i != tokenizer.eos)
+    ends = list(tokenizer.ends) if len(tokenizer.ends) > 1 else tokenizer.eos
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": ends, "pad_token_id": tokenizer.pad}
 
 
 def _card(family: Family, kind: str, params: Params, tokenizer: Tokenizer) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.tokenizer_folder import Engine
+from jaxgpt.data.tokenizer_json import TokenizerJson
 from jaxgpt.errors import UserError
 from jaxgpt.interop.sentencepiece_json import added_tokens, to_json
 
@@ -15,6 +16,29 @@ QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 """Where Qwen2's tokenizers split a text."""
+
+
+PAD = "<|pad|>"
+"""The piece that is added to a vocabulary without one that could pad."""
+
+
+def with_pad(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with a named padding piece that ends no conversation: transformers' classifiers read the score at
+    the last token that is not padding. Its own one, else unknown, else a piece added behind all others."""
+    engine = tokenizer.engine
+    own = engine.names.get("pad_token")
+    unknown = engine.names.get("unk_token") if tokenizer.unk not in tokenizer.ends else None
+    if own is not None and tokenizer.pad not in tokenizer.ends:
+        return tokenizer
+    settings, data = {**engine.settings, "pad_token": unknown or PAD}, engine.data
+    if isinstance(engine, SentencePieceModel):  # which always has an unknown piece
+        return Tokenizer(SentencePieceModel(data, settings), tokenizer.template, tokenizer.template_name)
+    if unknown is None and PAD not in engine.control:
+        spec = json.loads(data)
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        spec["added_tokens"].append({"id": engine.size, "content": PAD, **flags})
+        data = json.dumps(spec, ensure_ascii=False).encode()
+    return Tokenizer(TokenizerJson(data, settings), tokenizer.template, tokenizer.template_name)
 
 
 def tokenizer_files(tokenizer: Tokenizer, context: int, model_type: str | None = None) -> dict[str, bytes]:
@@ -37,7 +61,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, model_type: str | None =
         more = {"add_prefix_space": engine.prepends}
     else:
         added = [{**token, "special": token["special"] or token["content"] in engine.control} for token in engine.added]
-        more = {}
+        more = {"add_prefix_space": True} if engine.prepends else {}
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **engine.settings,

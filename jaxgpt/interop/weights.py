@@ -164,7 +164,8 @@ def write_weights(
 ) -> list[str]:
     """Writes all tensors as safetensors of at most `largest` bytes, and their index; returns the files' names.
 
-    Rows of the embedding beyond `model.vocab` are left out. `dtype` is as in the files' headers: "F32" or "BF16".
+    Rows of the embedding beyond `model.vocab` are left out, and rows that it lacks are zeros. `dtype` is as in the
+    files' headers: "F32" or "BF16".
     """
     sizes, arrays, parts = sizes_of(model), paths_of(params), parts_of(family, params)
     shapes = {name: tensor_shape(inside[0].layout, sizes) for name, inside in parts.items()}
@@ -177,7 +178,11 @@ def write_weights(
         for path, layer, layout in parts[name]:
             array = jax.device_get(arrays[path] if layer is None else arrays[path][layer])
             letters = letters_of(path)
-            view(tensor, layout, letters, sizes)[...] = array[: sizes["V"]] if letters[0] == "V" else array
+            whole = view(tensor, layout, letters, sizes)
+            if letters[0] == "V":
+                whole[len(array) :] = 0
+                array, whole = array[: len(whole)], whole[: len(array)]
+            whole[...] = array
         return tensor
 
     for file, shard in zip(named, shards, strict=True):

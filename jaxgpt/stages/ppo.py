@@ -55,7 +55,7 @@ def stage(run: Run, config: PpoConfig) -> Stage:
         prompts=Batches(single(prompts, run.config.seed), config.episodes, run.hosts),
         mesh=run.mesh,
         key=run.key("ppo"),
-        end=run.tokenizer.eos,
+        ends=run.tokenizer.ends,
         pad=run.tokenizer.pad,
     )
     critic = config.optimizer.model_copy(update={"lr": config.value_lr or config.optimizer.lr})

@@ -114,7 +114,7 @@ class Rollouts:
     prompts: Batches
     mesh: jax.sharding.Mesh
     key: jax.Array
-    end: int
+    ends: tuple[int, ...]
     pad: int
 
     def __post_init__(self) -> None:
@@ -149,7 +149,7 @@ class Rollouts:
         with jax.numpy_dtype_promotion("strict"):
             out = generate(
                 self.lm.bind(policy), prompts["tokens"], prompts["segments"], key,
-                new=c.response_length, temperature=c.temperature, end=self.end, pad=self.pad,
+                new=c.response_length, temperature=c.temperature, ends=self.ends, pad=self.pad,
             )  # fmt: skip
         real_BN = jnp.arange(c.response_length) < out.lengths_B[:, None]
         return {

@@ -27,12 +27,24 @@ from jaxgpt.train.loop import Drawn
 from jaxgpt.train.state import State
 
 
-def vocabulary(config: ModelConfig, tokenizer: Tokenizer) -> int:
-    """Rows of the embedding. Raises UserError where the setting is smaller than the tokenizer."""
+def vocabulary(config: ModelConfig, tokenizer: Tokenizer, model: Path | None = None, pieces: Path | None = None) -> int:
+    """Rows of the embedding. Raises UserError where the setting is smaller than the tokenizer.
+
+    `model` is the folder that the setting was read from, and `pieces` where the tokenizer came from; unset for a run's.
+    """
     if config.vocab is None:
         return -(-tokenizer.size // 128) * 128
     if config.vocab < tokenizer.size:
-        raise UserError(f"model.vocab is {config.vocab}, and the tokenizer has {tokenizer.size} pieces; unset it")
+        found = f"the tokenizer {f'from {pieces} ' if pieces else ''}has {tokenizer.size} pieces"
+        if model is not None:
+            raise UserError(
+                f"{model}: the model has {config.vocab} rows of embeddings, and {found}; expected at most "
+                f"{config.vocab}: give the tokenizer that the model was trained with"
+            )
+        raise UserError(
+            f"model.vocab is {config.vocab}, and {found}; unset it, or take the tokenizer that the model was "
+            "trained with"
+        )
     return config.vocab
 
 

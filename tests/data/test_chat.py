@@ -1,4 +1,4 @@
-"""Conversations are rendered by one template: one BOS, trained tokens exactly what the assistant says and its end."""
+"""Conversations are rendered by one template that says all: trained is exactly what the assistant says and its end."""
 
 import functools
 import io
@@ -95,7 +95,7 @@ def test_a_template_of_the_users_gets_the_texts_themselves():
         "{% endfor %}"
     )
     ids, mask = render(tokenizer, say(" aside</think> what </s>? ", " it is "))
-    assert tokenizer.decode_visible(ids) == "<s>USER: what </s>?\nA: it is</s>\n"
+    assert tokenizer.decode_visible(ids) == "USER: what </s>?\nA: it is</s>\n"
     assert ids.count(tokenizer.eos) == 1
     assert trained(tokenizer, ids, mask) == " it is</s>"  # the token " it" begins in front of the assistant's words
 
@@ -103,13 +103,13 @@ def test_a_template_of_the_users_gets_the_texts_themselves():
 def test_plain_text_between_control_pieces_is_encoded_in_one_go():
     tokenizer = templated("{% for m in messages %}{{ '[' }}{{ m.content }}{{ ' cat' }}{% endfor %}")
     ids, _ = render(tokenizer, [{"role": "user", "content": "the"}])
-    assert ids == [tokenizer.bos, *tokenizer.encode("[the cat")]
+    assert ids == tokenizer.encode("[the cat")
 
 
-def test_there_is_one_bos_whatever_the_template_writes():
-    for start in ("", "{{ bos_token }}", "{{ bos_token }}{{ bos_token }}"):
+def test_there_is_a_bos_where_the_template_writes_one_and_never_two():
+    for start, bos in (("", []), ("{{ bos_token }}", [TOKENIZER.bos]), ("{{ bos_token }}" * 2, [TOKENIZER.bos])):
         ids, mask = render(templated(start + "{{ messages[0].content }}"), [{"role": "user", "content": "the cat"}])
-        assert ids == [TOKENIZER.bos, *TOKENIZER.encode("the cat")]
+        assert ids == [*bos, *TOKENIZER.encode("the cat")]
         assert len(mask) == len(ids)
 
 

@@ -193,6 +193,8 @@ def test_the_files_that_are_read_are_named(tmp_path):
     home = folder(tmp_path, SPEC, tokenizer_config={"eos_token": EOS})
     names = [path.name for path in tokenizer_files(home)]
     assert names == ["tokenizer.json", "tokenizer_config.json"]
+    folder(home, vocab={}, added_tokens={})
+    assert home / "added_tokens.json" in tokenizer_files(home / "vocab.json")
     assert tokenizer_files(home / "x.model") == [home / "x.model"]
 
 

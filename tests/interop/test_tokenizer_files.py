@@ -125,6 +125,9 @@ MADE = {
     "char": lambda: train_tokenizer(TEXTS, TokenizerConfig(model_type="char")).engine,
     "llama": learned,
     "llama with roles": lambda: learned(control_symbols=list(ROLES.values())),
+    "llama with chatml": lambda: SentencePieceModel(
+        learned(control_symbols=["<|im_start|>", "<|im_end|>"]).data, {"eos_token": "<|im_end|>"}
+    ),
     "llama without bos": lambda: SentencePieceModel(learned().data, {"add_bos_token": False}),
     "llama, runs of spaces alike": lambda: scored_alike(learned(allow_whitespace_only_pieces=True), is_spaces),
     "across words": lambda: learned(split_by_whitespace=False, split_by_unicode_script=False, split_by_number=False),
@@ -217,12 +220,29 @@ def talks(count: int) -> list[list[dict[str, str]]]:
     return found
 
 
-@pytest.mark.parametrize("template", ["roles", "vicuna"])
+CHATML = """\
+{% for m in messages %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role == 'assistant' %}
+{%- generation %}{{ m.content + '<|im_end|>' }}{% endgeneration %}
+{%- else %}
+{{- m.content + '<|im_end|>' }}
+{%- endif %}
+{{- '\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+"""Which writes no BOS."""
+
+
+@pytest.mark.parametrize("template", ["roles", "vicuna", "chatml"])
 def test_conversations_are_the_same_text_ids_and_mask(exported, template, tmp_path):
     engine = exported[0].engine
     if template == "roles" and ROLES["user"] not in engine.control:
         pytest.skip("has no roles")
-    tokenizer = Tokenizer(engine, *read_template(template))
+    tokenizer = Tokenizer(engine, *((CHATML, template) if template == "chatml" else read_template(template)))
     theirs = opened(write(tokenizer, tmp_path))
     for messages in talks(150):
         assert theirs.apply_chat_template(messages, tokenize=False) == render_text(tokenizer, messages)

@@ -1,6 +1,7 @@
 """Pretraining begins at the loss of a guess, learns, and is a function of the seed and the step."""
 
 import math
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -81,3 +82,6 @@ def test_what_does_not_fit_is_told_before_training(home):
     assert vocabulary(config(home).model, tokenizer) == VOCAB
     with pytest.raises(UserError, match=rf"model.vocab is 8, and the tokenizer has {tokenizer.size} pieces"):
         vocabulary(config(home, model={"vocab": 8}).model, tokenizer)
+    told = rf"^given: the model has 8 rows of embeddings, and the tokenizer from other has {tokenizer.size} pieces; exp"
+    with pytest.raises(UserError, match=told):
+        vocabulary(config(home, model={"vocab": 8}).model, tokenizer, Path("given"), Path("other"))
