@@ -42,7 +42,7 @@ def import_folder(folder: Path, wanted: Import) -> int:
     console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
     foreign = Foreign.describe(folder)
     tokenizer = Tokenizer.load(wanted.tokenizer or foreign.path, wanted.template)
-    vocab = vocabulary(foreign.model, tokenizer)
+    vocab = vocabulary(foreign.model, tokenizer, foreign.path, Path(wanted.tokenizer or foreign.path))
     mesh = make_mesh(wanted.mesh)
     check_model(mesh, foreign.model, vocab)
     out = Path(wanted.out or f"runs/{foreign.path.resolve().name}").expanduser()
