@@ -63,7 +63,7 @@ def test_greedy_continuations_of_ragged_prompts_are_those_of_transformers(case):
     _, model, folder = case
     prompts = [TOKENS[0, :3].tolist(), TOKENS[1, :17].tolist(), TOKENS[2, :30].tolist()]
     foreign = Foreign.describe(folder)
-    nothing = SimpleNamespace(eos=VOCAB, pad=3, size=VOCAB, decode=lambda tokens: "")  # no token ends a response
+    nothing = SimpleNamespace(ends=(), pad=3, size=VOCAB, decode=lambda tokens: "")  # no token ends a response
     ours = Model(
         folder, "language", foreign.model, VOCAB, nothing, mesh(), lambda target: read_params(foreign, target)
     ).generate(prompts, max_tokens=64, temperature=0)
