@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import P
 
 from jaxgpt.config.schema import ModelConfig
 from jaxgpt.data.chat import answer_lead, render
@@ -18,7 +19,7 @@ from jaxgpt.data.conversations import check_messages
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.losses import token_logp
-from jaxgpt.mesh import check_model, put_batch
+from jaxgpt.mesh import BATCH, check_model, put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Params
 from jaxgpt.runs import KINDS
@@ -276,7 +277,8 @@ class Model:
 
     def _prefill(self, params: Params, rows: dict[str, jax.Array], new: int) -> Decoding:
         state = start(self.net.bind(params), rows["tokens"], rows["segments"], new, self.tokenizer.pad)
-        return state.replace(done_B=rows["segments"][:, -1] == 0)  # rows that fill up the batch
+        filling_B = rows["segments"][:, -1] == 0  # rows that fill up the batch
+        return state.replace(done_B=jax.sharding.reshard(filling_B, P(BATCH)))  # one row: jax 0.12 forgets its sharding
 
     def _decode(
         self, params: Params, state: Decoding, key: jax.Array, temperature: jax.Array, kept: Any, limit: jax.Array
