@@ -125,7 +125,7 @@ def _score(model: Model, params: Params, rows: dict[str, jax.Array], predicting:
     lm = model.net.bind(params)
     tokens_BT, segments_BT = rows["tokens"], rows["segments"]
     hidden_BTD = lm.hidden(tokens_BT, segments_BT, left_positions(segments_BT))
-    targets_BC = jnp.roll(tokens_BT, -1, axis=1)[:, -predicting:]
+    targets_BC = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))[:, -predicting:]
     last_BV = lm.logits(hidden_BTD[:, -1:])
 
     def choice(token_B: jax.Array) -> tuple[jax.Array, jax.Array]:
