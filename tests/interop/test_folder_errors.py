@@ -73,7 +73,7 @@ def change(folder: Path, **settings) -> Path:
     return folder
 
 
-def refused(folder: Path, *said: str) -> None:
+def check_refused(folder: Path, *said: str) -> None:
     with pytest.raises(UserError) as error:
         read(folder)
     for text in said:
@@ -82,18 +82,18 @@ def refused(folder: Path, *said: str) -> None:
 
 def test_a_missing_shard_is_named(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
-    refused(folder, "shard model-00002-of-00002.safetensors is missing (10 of 21 tensors, 2 shards)")
+    check_refused(folder, "shard model-00002-of-00002.safetensors is missing (10 of 21 tensors, 2 shards)")
 
 
 def test_a_truncated_file_names_the_tensor_that_is_cut(folder):
     shard = folder / "model-00001-of-00002.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    refused(folder, "model-00001-of-00002.safetensors: cut short: ", f"and the file has {len(whole) - 100}")
+    check_refused(folder, "model-00001-of-00002.safetensors: cut short: ", f"and the file has {len(whole) - 100}")
     shard.write_bytes(whole[:50])
-    refused(folder, "cut short: its header has")
+    check_refused(folder, "cut short: its header has")
     shard.write_bytes(b"not one")
-    refused(folder, "not a safetensors file")
+    check_refused(folder, "not a safetensors file")
 
 
 def test_a_tensor_of_another_shape_is_named_with_both(folder):
@@ -101,7 +101,7 @@ def test_a_tensor_of_another_shape_is_named_with_both(folder):
     tensors = load_file(shard)
     name = next(name for name in tensors if "down_proj" in name)
     save_file({**tensors, name: np.zeros((16, 23), np.float32)}, shard)
-    refused(folder, f"{name} is [16, 23] in model-00001-of-00002.safetensors, expected [16, 24]")
+    check_refused(folder, f"{name} is [16, 23] in model-00001-of-00002.safetensors, expected [16, 24]")
 
 
 def test_tensors_too_few_or_too_many_are_named(folder):
@@ -109,9 +109,9 @@ def test_tensors_too_few_or_too_many_are_named(folder):
     tensors = load_file(shard)
     lost = next(name for name in tensors if "down_proj" in name)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, shard)
-    refused(folder, f"tensor {lost} should be in model-00001-of-00002.safetensors, and is not there")
+    check_refused(folder, f"tensor {lost} should be in model-00001-of-00002.safetensors, and is not there")
     save_file({**tensors, "model.layers.0.self_attn.q_proj.bias": np.zeros(16, np.float32)}, shard)
-    refused(folder, "model.layers.0.self_attn.q_proj.bias has no place in LlamaForCausalLM with these settings")
+    check_refused(folder, "model.layers.0.self_attn.q_proj.bias has no place in LlamaForCausalLM with these settings")
     save_file({**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(4, np.float32)}, shard)
     assert read(folder), "buffers of older versions are passed over"
 
@@ -132,8 +132,10 @@ def test_the_context_of_pretraining_is_taken_from_the_top_level_first(folder):
 
 
 def test_fewer_layers_than_tensors_is_no_silent_cut(folder):
-    refused(change(folder, num_hidden_layers=1), "model.layers.1.mlp.down_proj.weight has no place")
-    refused(change(folder, num_hidden_layers=3), "model.layers.2.input_layernorm.weight is not there, expected [16]")
+    check_refused(change(folder, num_hidden_layers=1), "model.layers.1.mlp.down_proj.weight has no place")
+    check_refused(
+        change(folder, num_hidden_layers=3), "model.layers.2.input_layernorm.weight is not there, expected [16]"
+    )
 
 
 @pytest.mark.parametrize(
@@ -181,22 +183,22 @@ def test_fewer_layers_than_tensors_is_no_silent_cut(folder):
     ],
 )
 def test_settings_that_jaxgpt_lacks_are_named(folder, settings, said):
-    refused(change(folder, **settings), said)
+    check_refused(change(folder, **settings), said)
 
 
 def test_other_folders_are_told_apart(folder, tmp_path):
-    refused(tmp_path / "nowhere", "no such folder")
+    check_refused(tmp_path / "nowhere", "no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(empty, "no config.json there, so it is no Hugging Face model folder")
+    check_refused(empty, "no config.json there, so it is no Hugging Face model folder")
     (empty / "adapter_config.json").write_text("{}")
-    refused(empty, "It holds an adapter: merge it into its base model first")
+    check_refused(empty, "It holds an adapter: merge it into its base model first")
     (empty / "config.json").write_text("{")
-    refused(empty, "config.json: not JSON")
+    check_refused(empty, "config.json: not JSON")
     (empty / "config.json").write_text(json.dumps(LLAMA))
-    refused(empty, "no weights there: expected model.safetensors")
+    check_refused(empty, "no weights there: expected model.safetensors")
     (empty / "pytorch_model.bin").write_bytes(b"")
-    refused(empty, "only pytorch_model.bin there", "save_pretrained")
+    check_refused(empty, "only pytorch_model.bin there", "save_pretrained")
 
 
 def test_quantized_weights_are_refused(folder):
@@ -204,7 +206,7 @@ def test_quantized_weights_are_refused(folder):
     tensors = load_file(shard)
     name = next(name for name in tensors if "down_proj" in name)
     save_file({**tensors, name: np.zeros((16, 24), np.int8)}, shard)
-    refused(folder, f"{name} is of type I8; weights are read as F64, F32, F16, BF16")
+    check_refused(folder, f"{name} is of type I8; weights are read as F64, F32, F16, BF16")
 
 
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
