@@ -114,6 +114,17 @@ def read_fields(paths: Paths, fields: Sequence[str]) -> Iterator[str]:
             raise UserError(f"{path}: no record has any of {wanted}; found {_keys(seen)}.{hint}")
 
 
+def read_object(file: Path) -> dict[str, Any]:
+    """Reads a file that is one JSON object. Raises UserError where it is none."""
+    try:
+        value = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: {_kind(value)}, expected a JSON object")
+    return value
+
+
 def file_hash(paths: Paths) -> str:
     """Reads files whole; SHA-256 (hex) of their contents in order, whatever their names."""
     total = hashlib.sha256()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxgpt.data.records import read_object
 from jaxgpt.data.sentencepiece_model import SentencePieceModel
 from jaxgpt.data.tokenizer_json import TokenizerJson, from_merges, prefix_space
 from jaxgpt.errors import UserError, nearest
@@ -209,12 +210,4 @@ def _text(token: Any) -> str | None:
 
 def _json(file: Path) -> dict[str, Any]:
     """A file's object; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
+    return read_object(file) if file.is_file() else {}

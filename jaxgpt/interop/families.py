@@ -234,11 +234,9 @@ def _write_cohere(model: ModelConfig) -> Json:
     }
 
 
-def _like_llama(
-    kind: str, title: str, classifier: bool, read: Any, write: Any, windows: tuple[str, ...] = ()
-) -> Family:
+def _like_llama(kind: str, title: str, classifier: bool, read: Any, write: Any, reads: tuple[str, ...] = ()) -> Family:
     score = f"{title}ForSequenceClassification" if classifier else None
-    return Family(kind, f"{title}ForCausalLM", score, "model.", names.LLAMA, read, write, windows)
+    return Family(kind, f"{title}ForCausalLM", score, "model.", names.LLAMA, read, write, reads)
 
 
 FAMILIES = (

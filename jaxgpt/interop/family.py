@@ -50,8 +50,8 @@ class Family:
     """config.json to the fields of a ModelConfig."""
     write: Callable[[ModelConfig], Json]
     """What config.json says of a model, as far as the family can say it."""
-    windows: tuple[str, ...] = ()
-    """Which keys of STRANGE the family reads itself."""
+    reads: tuple[str, ...] = ()
+    """Keys of STRANGE that the family has."""
 
     def classes(self) -> dict[str, str]:
         """What `architectures` can name, and what such a folder holds: "language" or "scalar"."""
@@ -64,7 +64,7 @@ class Family:
         given = Given(config, where)
         for key in STRANGE:
             plain = key == "layer_types" and set(given(key, ())) <= {"full_attention"}
-            if key not in self.windows and not plain:
+            if key not in self.reads and not plain:
                 given.only(key, None)
         try:
             return ModelConfig(**self.read(given))

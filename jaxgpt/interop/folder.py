@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.data.records import read_object
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.tensor_files import DTYPES, Tensor, map_tensor, read_header
 
@@ -60,22 +61,12 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         adapter = " It holds an adapter: merge it into its base model first." if (path / ADAPTER).is_file() else ""
         raise UserError(f"{path}: no {CONFIG} there, so it is no Hugging Face model folder.{adapter}")
-    return _json(file)
+    return read_object(file)
 
 
 def write_json(file: Path, value: Any) -> None:
     """Writes a JSON file as transformers does."""
     file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{file}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -97,7 +88,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _indexed(path: Path) -> dict[str, Tensor]:
     """The tensors of all shards, which must be exactly those of the index."""
-    where = _json(path / INDEX).get("weight_map")
+    where = read_object(path / INDEX).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(shard, str) for shard in where.values()):
         raise UserError(f"{path / INDEX}: expected weight_map, the shard of each tensor by name")
     shards = sorted(set(where.values()))
