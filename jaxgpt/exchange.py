@@ -64,7 +64,7 @@ def import_folder(folder: Path, wanted: Import) -> int:
     use = (
         f'jaxgpt sample {shlex.quote(str(out))} "Once upon a time"'
         if foreign.kind == "language"
-        else f"ppo.reward={out}"
+        else f"ppo.rewards='[{{type: model, models: {out}}}]'"
     )
     console.print(f"{out}   {KINDS[foreign.kind]}; next: {use}, or init={out} in a stage")
     return 0

@@ -41,8 +41,32 @@ class Ratio:
         """total / weight, and 0 where the weight is 0."""
         return self.total / jnp.where(self.weight == 0.0, 1.0, self.weight)
 
+    reported = mean
+    """The figure that is logged."""
 
-Metrics = dict[str, Ratio]
+
+@struct.dataclass
+class Largest:
+    """The largest of values that are not negative, over any number of parts of a batch."""
+
+    value: jax.Array
+    """float32 []."""
+
+    @classmethod
+    def of(cls, x: jax.Array, mask: jax.Array) -> Largest:
+        """The largest of `x` where the mask is not 0; 0 where there is none."""
+        return cls(jax.lax.stop_gradient(jnp.max(jnp.where(mask.astype(bool), x.astype(jnp.float32), 0.0))))
+
+    def __add__(self, other: Largest) -> Largest:
+        return Largest(jnp.maximum(self.value, other.value))
+
+    @property
+    def reported(self) -> jax.Array:
+        """The figure that is logged."""
+        return self.value
+
+
+Metrics = dict[str, Ratio | Largest]
 
 
 def _centred(logits_BTV: jax.Array, temperature: float | jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -265,7 +265,7 @@ class Pipeline:
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
             inputs["files"] = [short_hash(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
-        kinds = {role: "scalar" if role == "reward" else "language" for role in before}
+        kinds = {role: "language" if role == "start" else "scalar" for role in before}
         inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}
         return inputs
 

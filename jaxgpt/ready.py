@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
-from jaxgpt.config.schema import Config
+from jaxgpt.config.schema import Config, RolloutConfig
 from jaxgpt.data.meadow.write import FILES
 from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
@@ -23,7 +23,8 @@ Paths = str | tuple[str, ...]
 DATA = {
     "sft": "a JSONL file of conversations",
     "reward": "a JSONL file of rankings",
-    "ppo": "a JSONL file of prompts",
+    "dpo": "a JSONL file of rankings",
+    **dict.fromkeys(("ppo", "grpo", "rloo", "rejection"), "a JSONL file of prompts"),
     "evaluate": "a JSONL file of held-out prompts",
 }
 """What the sections that read files of their own expect under `data.path`."""
@@ -62,13 +63,10 @@ def _contexts(loaded: Loaded, sections: list[str]) -> Iterator[str]:
     config, limit = loaded.config, loaded.config.model.context
     context = f"model.context, which is {limit}{_named(loaded, 'model.context').removeprefix('model.context')}"
     for name in sections:
-        match name:
-            case "ppo":
-                settings = ("ppo.prompt_length", "ppo.response_length")
-            case "evaluate":
-                settings = ("evaluate.max_tokens",)
-            case _:
-                settings = (f"{name}.context",)
+        if isinstance(getattr(config, name), RolloutConfig):
+            settings = (f"{name}.prompt_length", f"{name}.response_length")
+        else:
+            settings = ("evaluate.max_tokens",) if name == "evaluate" else (f"{name}.context",)
         length = sum(getattr(getattr(config, name), setting.partition(".")[2]) for setting in settings)
         what = " + ".join(_named(loaded, setting) for setting in settings)
         if name == "evaluate" and length >= limit:
@@ -85,8 +83,8 @@ def _best(loaded: Loaded, stages: list[str]) -> Iterator[str]:
         if section.best == "last":
             continue
         what = f"{_named(loaded, f'{name}.best')}: found 'best', and"
-        if name == "ppo":
-            yield f"{what} PPO measures nothing on held-out data; expected last"
+        if isinstance(section, RolloutConfig):
+            yield f"{what} {name} measures nothing on held-out data; expected last"
         elif name == "pretrain" and config.data.val_fraction == 0:
             yield f"{what} there is no held-out text; raise data.val_fraction above 0, or use last"
         elif name != "pretrain" and section.data is not None and section.data.eval_path is None:

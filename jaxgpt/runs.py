@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxgpt.config.schema import Config, StageConfig
+from jaxgpt.config.schema import Config, ModelReward, PpoConfig, RolloutConfig, StageConfig
 from jaxgpt.errors import UserError, nearest
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rloo", "rejection")
+"""All stages, in the order in which a run has them."""
 IMPORTED = "imported"
 """The folder of a model that came from elsewhere, beside those of the stages."""
 RANDOM = "random"
@@ -34,14 +35,18 @@ def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
 
 
 def parents(config: Config, name: str) -> dict[str, str]:
-    """What a stage starts from, by role: "start" (a stage, another run, a Hugging Face folder, or random), PPO's
-    "reward"."""
+    """What a stage starts from, by role: "start" (a stage, another run, a Hugging Face folder, or random), and for what
+    learns from its own responses "reward 1", "reward 2" ... and PPO's "critic"; all but the start are reward models."""
     section: StageConfig = getattr(config, name)
-    if config.ppo is not None and name == "ppo":
-        return {"start": section.init or "sft", "reward": config.ppo.reward or "reward"}
-    before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}[name]
-    natural = before if before is not None and getattr(config, before) is not None else RANDOM
-    return {"start": section.init or natural}
+    before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}.get(name, "sft")
+    alone = name in ("sft", "reward") and getattr(config, before) is None
+    found = {"start": section.init or (RANDOM if before is None or alone else before)}
+    if isinstance(section, RolloutConfig):
+        models = [model for reward in section.rewards if isinstance(reward, ModelReward) for model in reward.folders]
+        found |= {f"reward {number}": model for number, model in enumerate(models, start=1)}
+    if isinstance(section, PpoConfig) and section.critic_init is not None:
+        found["critic"] = section.critic_init
+    return found
 
 
 def is_foreign(name: str | Path) -> bool:

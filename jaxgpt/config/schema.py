@@ -348,6 +348,8 @@ class OptimizerConfig(Section):
     """Decay of the second moment."""
     eps: Positive = 1e-8
     """Added to the root of the second moment."""
+    eps_form: Literal["optax", "tf"] = "optax"
+    """Whether eps stands outside the bias-corrected root (torch, optax), or beside the uncorrected one (TensorFlow)."""
     weight_decay: NonNegative = 0.1
     """Decoupled decay of matrices and embeddings; scales and biases are left alone."""
     clip: Positive | None = 1.0
@@ -393,6 +395,17 @@ class StageConfig(Section):
         return self
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685): the parameters stay as they are, and small products beside them learn."""
+
+    rank: Count = 8
+    """Inner width of a product."""
+    alpha: Positive = 16.0
+    """The products are added times alpha / rank."""
+    targets: Annotated[tuple[Literal["q", "k", "v", "o", "up", "gate", "down"], ...], Field(min_length=1)] = ("q", "v")
+    """Matrices that get one: queries, keys, values and output of attention; up, gate and down of the feed-forward."""
+
+
 class SupervisedConfig(StageConfig):
     """What the stages that learn from files have."""
 
@@ -426,6 +439,8 @@ class SftConfig(SupervisedConfig):
     """Conversations to learn."""
     dropout: Below1 = 0.0
     """Residual dropout (InstructGPT used 0.2)."""
+    lora: LoraConfig | None = None
+    """Train adapters alone; they are merged into what is handed on."""
 
 
 class Rankings(Section):
@@ -446,6 +461,31 @@ class RewardConfig(SupervisedConfig):
     """Most responses in one ranking."""
     normalize: bool = True
     """Shift and scale the head afterwards so that training responses score mean 0 and deviation 1."""
+    lora: LoraConfig | None = None
+    """Train adapters and the head alone; they are merged into what is handed on."""
+
+
+class DpoConfig(SupervisedConfig):
+    """Direct preference optimization: the policy from rankings, without a reward model (arXiv 2305.18290)."""
+
+    data: Rankings | None = None
+    """Rankings to learn."""
+    responses: Annotated[int, Field(ge=2, le=64), BeforeValidator(_whole)] = 9
+    """Most responses in one ranking."""
+    pairs: Literal["all", "extremes"] = "all"
+    """Pairs made of a ranking: every one that is not a tie, or the best with the worst."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid is DPO's; ipo is the squared loss of arXiv 2310.12036."""
+    beta: Positive = 0.1
+    """Strength of the tie to the reference."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5), BeforeValidator(_number)] = 0.0
+    """Share of preferences taken to be the wrong way round (cDPO)."""
+    length_normalized: bool = True
+    """ipo: log-ratios are means over a response's tokens instead of sums."""
+    sft_coef: NonNegative = 0.0
+    """Weight of the chosen response's negative log-likelihood, nats per token."""
+    lora: LoraConfig | None = None
+    """Train adapters alone; the reference is the model without them."""
 
 
 class Prompts(Section):
@@ -455,33 +495,131 @@ class Prompts(Section):
     """JSONL files or glob patterns."""
 
 
+class ModelReward(Section):
+    """The score of a reward model, or of several."""
+
+    type: Literal["model"] = "model"
+    """A trained reward model."""
+    models: str | Annotated[tuple[str, ...], Field(min_length=1)] = "reward"
+    """A stage of this run, the folder of another, or a Hugging Face folder (hf:FOLDER); several make an ensemble."""
+    combine: Literal["mean", "worst"] = "mean"
+    """The score of an ensemble: the mean, or the lowest (worst case, arXiv 2310.02743)."""
+    weight: Number = 1.0
+    """Factor of the score in the sum."""
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The models."""
+        return (self.models,) if isinstance(self.models, str) else self.models
+
+
+class ExactReward(Section):
+    """1 where the response is the record's answer."""
+
+    type: Literal["exact"] = "exact"
+    """Equal but for surrounding spaces."""
+    field: str = "answer"
+    """Key of the answer in the prompt's record."""
+    weight: Number = 1.0
+    """Factor in the sum."""
+
+
+class NumberReward(Section):
+    """1 where the response's final number is the answer's, as in GSM8K."""
+
+    type: Literal["number"] = "number"
+    """The number after ####, or the last one."""
+    field: str = "answer"
+    """Key of the answer in the prompt's record; its final number counts."""
+    weight: Number = 1.0
+    """Factor in the sum."""
+
+
+class RegexReward(Section):
+    """1 where the response has the pattern."""
+
+    type: Literal["regex"] = "regex"
+    """A regular expression of Python."""
+    pattern: str
+    """Looked for anywhere in the response; ^ and $ bind it to its ends."""
+    weight: Number = 1.0
+    """Factor in the sum."""
+
+
+class LengthReward(Section):
+    """0 up to a length, then falling by 1 for each further stretch of that length."""
+
+    type: Literal["length"] = "length"
+    """Length in tokens."""
+    target: Count = 128
+    """Tokens that cost nothing."""
+    weight: Number = 1.0
+    """Factor in the sum."""
+
+
+class FunctionReward(Section):
+    """A function of yours."""
+
+    type: Literal["function"] = "function"
+    """Called once for each response."""
+    function: str
+    """module:function(record, response) -> float; the record is the prompt's JSON object."""
+    weight: Number = 1.0
+    """Factor in the sum."""
+
+
+Reward = Annotated[
+    ModelReward | ExactReward | NumberReward | RegexReward | LengthReward | FunctionReward, Field(discriminator="type")
+]
+
+
+class MissingEosConfig(Section):
+    """What a response scores that never ends."""
+
+    how: Literal["replace", "subtract", "scale", "keep"] = "replace"
+    """Put value in the score's place (lm-human-preferences), take it off (TRL), multiply by it, or leave the score."""
+    value: Number = -1.0
+    """The number that is put, taken off, or multiplied with."""
+
+
 class KlConfig(Section):
     """The penalty that keeps the policy near the SFT model."""
 
     coef: NonNegative = 0.05
-    """Weight of the per-token KL in the reward, nats."""
+    """Weight of the KL, nats."""
+    estimator: Literal["k1", "k2", "k3"] = "k1"
+    """Estimator of the penalty for each token."""
     controller: Literal["fixed", "adaptive"] = "fixed"
     """adaptive steers coef towards target (Ziegler et al. 2019)."""
     target: Positive = 6.0
     """adaptive: wanted KL, nats summed over a response, mean over episodes."""
+    measure: Literal["sum", "token-mean"] = "sum"
+    """adaptive: what target is compared with, KL of a response or of a token (verl)."""
     horizon: Positive = 10_000.0
     """adaptive: episodes over which coef can double or so."""
 
 
-class PpoConfig(StageConfig):
-    """PPO against the reward model (Ouyang et al. 2022)."""
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-norm"]
+
+
+class RolloutConfig(StageConfig):
+    """What the stages have that learn from the policy's own responses."""
 
     data: Prompts | None = None
     """Prompts to respond to."""
-    reward: str | None = None
-    """The reward model: a stage of this run or the folder of another; unset means reward."""
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = (ModelReward(),)
+    """What a response is worth: the sum of these, each times its weight."""
     iterations: Count = 60
-    """Rollouts, each followed by epochs over its episodes."""
+    """Rollouts, each followed by updates on its episodes."""
     batch: Count = 32
     """Episodes in one update."""
     episodes: Count = 64
-    """Episodes in one rollout, a multiple of batch."""
-    epochs: Count = 2
+    """Episodes in one rollout."""
+    responses: Count = 1
+    """Episodes of one prompt."""
+    rollout_batch: Count | None = None
+    """Episodes generated and scored at a time, of similar prompt lengths; unset means all."""
+    epochs: Count = 1
     """Passes over each rollout."""
     prompt_length: Count = 32
     """Longest prompt, in tokens."""
@@ -489,42 +627,152 @@ class PpoConfig(StageConfig):
     """Longest response, in tokens, end token included."""
     temperature: Positive = 1.0
     """Sampling temperature; all log-probabilities are taken at it."""
+    stop: str | None = None
+    """Text of one token at which a response ends; unset means the chat template's end of a turn."""
+    stop_after: Whole = 0
+    """Tokens of a response that come before an end counts."""
+    missing_eos: MissingEosConfig = MissingEosConfig()
+    """Responses that never end."""
+    reward_clip: Positive | None = None
+    """Scores are kept within +-this."""
     clip: Positive = 0.2
     """Clip range of the policy ratio."""
-    value_clip: Positive = 0.2
-    """Clip range of the value around the rollout's."""
-    value_coef: NonNegative = 1.0
-    """Weight of the value loss; policy and critic share no weights."""
-    value_lr: Positive | None = None
-    """Peak learning rate of the critic; unset means the policy's."""
-    gamma: Share = 1.0
-    """Discount."""
-    lam: Share = 0.95
-    """GAE lambda."""
+    aggregation: Aggregation = "token-mean"
+    """How the tokens' losses become one: the mean of all; the mean over responses of a response's sum, or of its mean;
+    or the sum over the longest response's length, mean over responses (Dr. GRPO)."""
     kl: KlConfig = KlConfig()
     """KL penalty."""
-    missing_eos: Number | None = -1.0
-    """Score of a response that never ends, in place of the reward model's; null keeps the model's."""
-    whiten_rewards: bool = False
-    """Scale rewards to deviation 1 over the rollout, keeping their mean."""
-    whiten_advantages: bool = True
-    """Shift and scale advantages to mean 0 and deviation 1 over the rollout."""
+    frozen_dtype: Literal["float32", "bfloat16"] = "float32"
+    """How the parameters of the reference and the reward models are kept."""
+    lora: LoraConfig | None = None
+    """Train adapters alone; the reference is the policy without them."""
+    samples: Whole = 4
+    """Episodes kept to be read, of every rollout that is written."""
+    samples_every: Count = 10
+    """Rollouts between two that are written to samples.jsonl."""
 
     @model_validator(mode="after")
-    def _multiple(self) -> PpoConfig:
-        if self.episodes % self.batch:
-            raise ValueError(f"episodes {self.episodes} is not a multiple of batch {self.batch}")
+    def _multiple(self) -> RolloutConfig:
+        for name, unit in (("episodes", "batch"), ("episodes", "responses"), ("episodes", "rollout_batch")):
+            size, divisor = getattr(self, name), getattr(self, unit)
+            if divisor is not None and size % divisor:
+                raise ValueError(f"{name} {size} is not a multiple of {unit} {divisor}")
+        if self.stop_after >= self.response_length:
+            raise ValueError(f"stop_after {self.stop_after} is not below response_length {self.response_length}")
         return self
+
+    @property
+    def learned(self) -> int:
+        """Episodes of a rollout that are learned from."""
+        return self.episodes
 
     @property
     def updates_per_rollout(self) -> int:
         """Optimizer updates between two rollouts."""
-        return self.epochs * (self.episodes // self.batch)
+        return self.epochs * (self.learned // self.batch)
 
     @property
     def steps(self) -> int:
         """Optimizer updates in all."""
         return self.iterations * self.updates_per_rollout
+
+
+class PtxConfig(Section):
+    """Pretraining rows in every update (PPO-ptx, InstructGPT eq. 2); they come from the run's data."""
+
+    coef: NonNegative = 1.0
+    """Weight of the pretraining loss; InstructGPT has 27.8 for sums over a response's tokens."""
+    batch: Count = 32
+    """Rows of text in one update."""
+    context: Count = 128
+    """Tokens in one row."""
+
+
+class PpoConfig(RolloutConfig):
+    """PPO against the reward (Ouyang et al. 2022)."""
+
+    epochs: Count = 2
+    """Passes over each rollout."""
+    critic: Literal["separate", "shared"] = "separate"
+    """A model of its own that begins as the reward model, or a head on the policy's trunk."""
+    critic_init: str | None = None
+    """Where a separate critic begins; unset means the first reward model, or where there is none the policy's trunk."""
+    critic_warmup: Whole = 0
+    """Rollouts at the start that train the critic alone."""
+    value_clip: Positive | None = 0.2
+    """Clip range of the value around the rollout's; null does not clip."""
+    value_coef: NonNegative = 1.0
+    """Weight of the value loss (0.1 is usual where the trunk is shared)."""
+    value_lr: Positive | None = None
+    """Peak learning rate of a separate critic; unset means the policy's."""
+    gamma: Share = 1.0
+    """Discount."""
+    lam: Share = 0.95
+    """GAE lambda."""
+    score_at: Literal["last", "after"] = "last"
+    """Token that gets the score: the response's last, or the one after it (TRL)."""
+    whiten_rewards: bool = False
+    """Scale rewards to deviation 1 over the rollout, keeping their mean."""
+    whiten_advantages: bool = True
+    """Shift and scale advantages to mean 0 and deviation 1 over the rollout."""
+    whiten_variance: Literal["biased", "unbiased"] = "biased"
+    """Variance that whitening divides by: over n (lm-human-preferences) or n - 1 (TRL)."""
+    entropy_coef: NonNegative = 0.0
+    """Weight of the policy's entropy, to be raised."""
+    stop_kl: Positive | None = None
+    """Leaves out the rest of a rollout's epochs once the policy's k2 from the rollout's is above this, nats a token."""
+    ema: Below1 | None = None
+    """Decay of an average of the policy's parameters over updates, which is handed on in their place."""
+    ptx: PtxConfig | None = None
+    """Pretraining rows beside the episodes."""
+
+
+class GrpoConfig(RolloutConfig):
+    """GRPO (arXiv 2402.03300), Dr. GRPO (2503.20783) and DAPO (2503.14476): advantages from groups, no critic."""
+
+    responses: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = 8
+    """Episodes of one prompt: a group."""
+    std: Literal["unbiased", "biased", "none"] = "unbiased"
+    """What a group's centred scores are divided by; none is Dr. GRPO."""
+    std_eps: NonNegative = 1e-4
+    """Added to the deviation."""
+    clip_high: Positive | None = None
+    """Upper clip range; unset means clip (DAPO: 0.28 with clip 0.2)."""
+    kl: KlConfig = KlConfig(coef=0.04, estimator="k3")
+    """KL penalty, a term of the loss; 0 needs no reference."""
+    dynamic_sampling: Whole = 0
+    """Further rollouts that may be drawn to replace groups whose scores are all equal (DAPO)."""
+    overlong_buffer: Whole = 0
+    """Last tokens of response_length over which a penalty grows to 1 (DAPO's soft punishment); 0 has none."""
+
+
+class RlooConfig(RolloutConfig):
+    """REINFORCE with leave-one-out baselines (arXiv 2402.14740): the KL is in the reward, a response is one action."""
+
+    responses: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = 4
+    """Episodes of one prompt: each one's baseline is the mean reward of the others."""
+    whiten_advantages: bool = False
+    """Shift and scale advantages to mean 0 and deviation 1 over the rollout."""
+
+
+class RejectionConfig(RolloutConfig):
+    """Rejection sampling: fine-tuning on the best of n responses to each prompt."""
+
+    responses: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = 16
+    """Responses to each prompt, of which the best is learned."""
+    kl: KlConfig = KlConfig(coef=0.0)
+    """KL penalty in the comparison of responses; 0 needs no reference."""
+
+    @property
+    def learned(self) -> int:
+        """The best of each prompt."""
+        return self.episodes // self.responses
+
+    @model_validator(mode="after")
+    def _best(self) -> RejectionConfig:
+        if self.learned % self.batch:
+            raise ValueError(f"episodes / responses {self.learned} is not a multiple of batch {self.batch}")
+        return self
 
 
 class EvaluateConfig(Section):
@@ -575,5 +823,13 @@ class Config(Section):
     """Stage 3."""
     ppo: PpoConfig | None = None
     """Stage 4."""
+    dpo: DpoConfig | None = None
+    """In place of stages 3 and 4."""
+    grpo: GrpoConfig | None = None
+    """In place of stage 4, without a critic."""
+    rloo: RlooConfig | None = None
+    """In place of stage 4, without a critic."""
+    rejection: RejectionConfig | None = None
+    """In place of stage 4, by fine-tuning."""
     evaluate: EvaluateConfig | None = None
     """Evaluation of the finished models."""

@@ -43,3 +43,12 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Net:
 def count(params: Params) -> int:
     """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def joined(first: Params, second: Params) -> Params:
+    """One tree of the leaves of two that share none, as frozen parameters and those that are trained."""
+    both = {**first, **second}
+    return {
+        name: joined(first[name], second[name]) if name in first and name in second else part
+        for name, part in both.items()
+    }

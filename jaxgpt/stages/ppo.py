@@ -8,7 +8,7 @@ from __future__ import annotations
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.mixture import Batches, single
 from jaxgpt.data.prompts import PromptRows, load_prompts
-from jaxgpt.losses import Ratio, ppo_policy, ppo_value, token_logp
+from jaxgpt.losses import Metrics, ppo_policy, ppo_value, token_logp
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Net, Params
@@ -16,21 +16,20 @@ from jaxgpt.optim import adamw, by_part, schedule
 from jaxgpt.stages.rollouts import Rollouts, response_logits, response_values
 from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import Stage
-from jaxgpt.train.step import Batch, Loss
+from jaxgpt.train.step import Batch, Loss, Terms
 
 
 def ppo_loss(config: PpoConfig, lm: Net, scalar: Net) -> Loss:
     """Clipped surrogate plus clipped value loss, both means over the response tokens of the minibatch."""
 
-    def loss(params: Params, batch: Batch) -> tuple[Ratio, dict[str, Ratio]]:
+    def loss(params: Params, batch: Batch) -> tuple[Terms, Metrics]:
         logits_BNV = response_logits(lm.bind(params["policy"]), batch, config.prompt_length)
         logp_BN = token_logp(logits_BNV, batch["tokens"][:, config.prompt_length :], config.temperature)
         values_BN = response_values(scalar, params["value"], batch, config.prompt_length)
         mask_BN = batch["mask"]
         policy, figures = ppo_policy(logp_BN, batch["old_logp"], batch["advantages"], mask_BN, config.clip)
         value, more = ppo_value(values_BN, batch["old_values"], batch["returns"], mask_BN, config.value_clip)
-        total = Ratio(policy.total + config.value_coef * value.total, policy.weight)
-        return total, figures | more
+        return (policy, value.scaled(config.value_coef)), figures | more
 
     return loss
 
@@ -45,7 +44,7 @@ def stage(run: Run, config: PpoConfig) -> Stage:
     """PPO as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "ppo.batch / ppo.accumulate")
     lm, scalar = language_model(run.config.model, run.vocab), scalar_model(run.config.model, run.vocab)
-    init, reward = run.parent("ppo"), run.parent("ppo", "reward")
+    init, reward = run.parent("ppo"), run.parent("ppo", "reward 1")
     prompts = load(run, config)
     rollouts = Rollouts(
         config=config,
@@ -72,6 +71,6 @@ def stage(run: Run, config: PpoConfig) -> Stage:
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
         boundary=lambda step: step % per == 0,
         extras={"kl_coef": config.kl.coef},
-        finish=lambda params: params["policy"],
+        finish=lambda state: state.params["policy"],
         notes=(f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes",),
     )

@@ -23,6 +23,7 @@ from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Stage
+from jaxgpt.train.state import State
 from jaxgpt.train.step import Batch, Loss
 
 NORMALIZED_OVER = 512
@@ -106,6 +107,9 @@ def stage(run: Run, config: RewardConfig) -> Stage:
         fresh = jax.jit(net.init)(key)
         return fresh if init == RANDOM else {**fresh, "backbone": run.load_language(init)["backbone"]}
 
+    def finish(state: State) -> Params:
+        return normalized(run, net, rows, config.batch, state.params) if config.normalize else state.params
+
     return Stage(
         name="reward",
         init=start,
@@ -118,11 +122,7 @@ def stage(run: Run, config: RewardConfig) -> Stage:
         tokens_per_step=config.batch * config.responses * config.context,
         evaluate=evaluate,
         quality=lambda figures: figures["accuracy"],
-        finish=(lambda params: normalized(run, net, rows, config.batch, params)) if config.normalize else _same,
+        finish=finish,
         notes=(f"{len(rows):,} rankings, {config.steps * config.batch / len(rows):.2f} epochs",),
         close=source.close,
     )
-
-
-def _same(params: Params) -> Params:
-    return params

@@ -60,7 +60,8 @@ def experience(
     )
     lengths_B = jnp.sum(mask_BN, axis=1)
     raw_B = last_token(scores_BT, prompt - 1 + lengths_B.astype(jnp.int32))
-    scores_B = replace_missing_eos(raw_B, episodes["ended"], config.missing_eos)
+    missing = config.missing_eos.value if config.missing_eos.how == "replace" else None
+    scores_B = replace_missing_eos(raw_B, episodes["ended"], missing)
     rewards_BN = token_rewards(scores_B, logp_BN, reference_BN, mask_BN, kl_coef)
     if config.whiten_rewards:
         rewards_BN = whiten(rewards_BN, mask_BN, shift_mean=False)

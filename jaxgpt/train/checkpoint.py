@@ -40,6 +40,7 @@ def _tree(state: State) -> dict[str, Any]:
     return {
         "step": state.step,
         "skipped": state.skipped,
+        "idle": state.idle,
         "params": state.params,
         "opt": state.opt,
         "extras": state.extras,

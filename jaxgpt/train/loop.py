@@ -23,9 +23,9 @@ from rich.console import Console
 
 from jaxgpt.config.schema import StageConfig
 from jaxgpt.errors import UserError
-from jaxgpt.models.net import Params, count
+from jaxgpt.models.net import Params, count, joined
 from jaxgpt.train.checkpoint import Checkpoints, save_params
-from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
+from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Writer
 from jaxgpt.train.state import State, initial_state
 from jaxgpt.train.step import Batch, Loss, make_step
 
@@ -41,6 +41,8 @@ class Drawn(NamedTuple):
     """The state's extras from now on."""
     metrics: Mapping[str, jax.Array] = types.MappingProxyType({})
     """Figures to log with the step, as device scalars of their own: the arrays of `extras` are used up by the step."""
+    samples: tuple[Mapping[str, Any], ...] = ()
+    """Episodes to keep for people to read: JSON objects, for samples.jsonl."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,10 @@ class Stage:
     """Whether a checkpoint may stand before this step: a source with a rollout in hand says no."""
     extras: Mapping[str, float] = dataclasses.field(default_factory=dict)
     """First values of the state's extras."""
-    finish: Callable[[Params], Params] = lambda params: params
-    """Last change of the parameters before they are handed on."""
+    frozen: Callable[[], Params] = dict
+    """Makes or loads parameters that nothing trains; the loss sees them and the trained ones as one tree."""
+    finish: Callable[[State], Params] = lambda state: state.params
+    """The parameters that are handed on."""
     notes: tuple[str, ...] = ()
     """What there is to say of the data before training."""
     close: Callable[[], None] = lambda: None
@@ -155,26 +159,32 @@ class _Session:
     ):
         self.stage, self.config, self.checkpoints, self.stop = stage, config, checkpoints, stop
         self.meta = dict(meta)
+        self.frozen: Params = {}
         self.clock = Clock(host.get("seconds", 0.0), stage.tokens_per_step)
         self.best: dict[str, Any] | None = host.get("best")
         self.saved = start
         self.skipped = 0
         self.late: list[tuple[int, dict[str, jax.Array]]] = []
-        self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if jax.process_index() == 0 else []
+        first = jax.process_index() == 0
+        self.samples = JsonLines(folder / "samples.jsonl", after=start) if first else None
+        self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if first else []
         self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)]
 
     def run(self, state: State) -> State:
         """Steps to the end; the state whose parameters are handed on."""
         stage = self.stage
         step = make_step(stage.loss, stage.tx, stage.schedule, self.config.accumulate)
+        self.frozen = stage.frozen()
         every = self.config.checkpoint.every
         for n in range(self.saved, stage.steps):
             since = self.clock.now()
             drawn = stage.source(n, state)
             self.clock.waited(since)
             with jax.transfer_guard("disallow"):
-                state, metrics = step(state.replace(extras=drawn.extras), drawn.batch)
+                state, metrics = step(state.replace(extras=drawn.extras), drawn.batch, self.frozen)
             self.late.append((n + 1, {**metrics, **drawn.metrics}))
+            for sample in drawn.samples if self.samples is not None else ():
+                self.samples.write({"step": n + 1, **sample})
             last, stopping = n + 1 == stage.steps, self.stop.asked
             measures = stage.evaluate is not None and (last or (n + 1) % self.config.eval_every == 0)
             stands = last or stage.boundary(n + 1)
@@ -202,7 +212,7 @@ class _Session:
     def _evaluate(self, n: int, state: State, stands: bool) -> None:
         """Measures the parameters; they may become the best where a checkpoint can stand (`stands`)."""
         assert self.stage.evaluate is not None
-        figures = self.stage.evaluate(state.params)
+        figures = self.stage.evaluate(joined(self.frozen, state.params))
         shown = {name: _finite(value) for name, value in figures.items()}
         self._emit({"step": n, "eval": shown, "time": {"seconds": round(self.clock.seconds, 3)}})
         self.clock.skip()
@@ -212,7 +222,7 @@ class _Session:
 
     def _checkpoint(self, n: int, state: State) -> None:
         best = self.best["step"] if self.best is not None else None
-        for writer in self.writers:
+        for writer in self._files():
             writer.flush()
         self.checkpoints.save(state, {"seconds": self.clock.seconds, "best": self.best, "model": self.meta}, best)
         self.saved = n
@@ -237,8 +247,11 @@ class _Session:
         for writer in self.writers:
             writer.write(line)
 
+    def _files(self) -> list[Writer]:
+        return self.writers + ([self.samples] if self.samples is not None else [])
+
     def close(self) -> None:
-        for writer in self.writers:
+        for writer in self._files():
             writer.close()
 
 
@@ -249,7 +262,7 @@ def _finite(value: float) -> float | None:
 
 def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Hands on the parameters of `state`, the last one or the best."""
-    params = stage.finish(state.params)
+    params = stage.finish(state)
     done = {
         "step": int(state.step),
         "trained": stage.steps,

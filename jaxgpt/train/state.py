@@ -23,6 +23,8 @@ class State:
     """Batches used, int32 []."""
     skipped: jax.Array
     """Batches whose gradients were not finite and changed nothing, int32 []."""
+    idle: jax.Array
+    """Batches without weight, which changed nothing, int32 []."""
     params: Params
     opt: optax.OptState
     extras: dict[str, jax.Array]
@@ -31,8 +33,8 @@ class State:
 
 def initial_state(params: Params, tx: optax.GradientTransformation, extras: dict[str, jax.Array]) -> State:
     """The state before the first step; traceable, so that eval_shape gives the target of a restore."""
-    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)  # two buffers: the step takes them both
-    return State(step=step, skipped=skipped, params=params, opt=tx.init(params), extras=extras)
+    step, skipped, idle = (jnp.zeros((), jnp.int32) for _ in range(3))  # three buffers: the step takes them all
+    return State(step=step, skipped=skipped, idle=idle, params=params, opt=tx.init(params), extras=extras)
 
 
 def _words(x: jax.Array) -> jax.Array:
@@ -93,5 +95,5 @@ def fingerprint(tree: Any) -> str:
     return digest.hexdigest()
 
 
-Step = Callable[[State, dict[str, jax.Array]], tuple[State, dict[str, jax.Array]]]
-"""One update: (state, batch) -> (state, metrics); the state given is used up."""
+Step = Callable[[State, dict[str, Any], Params], tuple[State, dict[str, jax.Array]]]
+"""One update: (state, batch, frozen parameters) -> (state, metrics); the state given is used up."""

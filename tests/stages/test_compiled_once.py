@@ -25,7 +25,7 @@ def test_each_stage_compiles_each_program_once(home, name, shape):
         for n in range(steps):
             drawn = stage.source(n, state)
             with jax.transfer_guard("disallow"):
-                state, _ = step(state.replace(extras=drawn.extras), drawn.batch)
+                state, _ = step(state.replace(extras=drawn.extras), drawn.batch, {})
         programs = [step]
         if name == "ppo":
             programs += [stage.source._respond, stage.source._experience]

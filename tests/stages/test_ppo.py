@@ -124,5 +124,6 @@ def test_what_does_not_fit_is_told_before_the_first_rollout(home, mesh):
             ppo.stage(open_run(c, mesh), c.ppo)
 
     refused(r"prompts.jsonl:\d+: prompt has \d+ tokens, ppo.prompt_length is 6", prompt_length=6)
-    refused(r"small/sft/params holds a language model; a reward model is needed", reward="sft")
+    speaks = [{"type": "model", "models": "sft"}]
+    refused(r"small/sft/params holds a language model; a reward model is needed", rewards=speaks)
     refused(r"small/reward/params holds a reward model; a language model is needed", init="reward")

@@ -28,7 +28,7 @@ def test_the_loss_begins_at_that_of_a_guess_and_falls(home):
         assert stage.evaluate(state.params)["nll"] == pytest.approx(math.log(VOCAB), abs=0.1)
         step, losses = make_step(stage.loss, stage.tx, stage.schedule), []
         for n in range(stage.steps):
-            state, report = step(state, stage.source(n, state).batch)
+            state, report = step(state, stage.source(n, state).batch, {})
             losses.append(float(report["loss"]))
         assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.1)
         assert losses[-1] < losses[0] - 1.0

@@ -10,7 +10,7 @@ from small_run import config, finished, first_state, mesh_of, open_run
 from jaxgpt.errors import UserError
 from jaxgpt.models.heads import scalar_model
 from jaxgpt.stages import reward
-from jaxgpt.train.state import fingerprint
+from jaxgpt.train.state import fingerprint, initial_state
 from jaxgpt.train.step import make_step
 
 
@@ -35,7 +35,7 @@ def trained(home, mesh):
         state, losses = first_state(stage), []
         step = make_step(stage.loss, stage.tx, stage.schedule)
         for n in range(stage.steps):
-            state, report = step(state, stage.source(n, state).batch)
+            state, report = step(state, stage.source(n, state).batch, {})
             losses.append({name: float(value) for name, value in report.items()})
     return stage, losses, state.params
 
@@ -109,11 +109,11 @@ def test_scores_end_up_with_mean_0_and_deviation_1_in_the_same_order(home, train
         batch = {key: np.stack([rows[i][key] for i in range(len(rows))]) for key in rows[0]}
         valid = batch["lengths"] > 0
         before = np.asarray(scores(params, batch))[valid]
-        after = np.asarray(scores(stage.finish(params), batch))[valid]
+        after = np.asarray(scores(stage.finish(initial_state(params, stage.tx, {})), batch))[valid]
         assert np.mean(after) == pytest.approx(0, abs=1e-5) and np.std(after) == pytest.approx(1, rel=1e-5)
         np.testing.assert_allclose(after, (before - before.mean()) / before.std(), atol=1e-5)
         plain = made(home, mesh, reward={"normalize": False})
-        assert plain.finish(params) is params
+        assert plain.finish(initial_state(params, plain.tx, {})) is params
 
 
 def test_prompts_on_both_sides_are_refused(home, mesh):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_run import VOCAB, config, finished, first_state, mesh_of, open_run
 
-from jaxgpt.config.schema import PpoConfig
+from jaxgpt.config.schema import MissingEosConfig, PpoConfig
 from jaxgpt.data.rankings import load_rankings
 from jaxgpt.mesh import put_batch
 from jaxgpt.models.heads import language_model, scalar_model
@@ -136,9 +136,9 @@ def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, mo
     given = episodes()
     expected = plain_scores(home, mesh, models["reward"], given)
     assert np.std(expected) > 0.1
-    for missing in (None, -1.0):
+    for missing in (MissingEosConfig(how="keep"), MissingEosConfig()):
         batch, figures = gather(PLAIN.model_copy(update={"missing_eos": missing}), given)
-        if missing is not None:
+        if missing.how == "replace":
             expected[3] = -1.0  # in place of the score, for the one without an end
         np.testing.assert_allclose(batch["returns"], expected[:, None] * given["mask"], atol=2e-5)
         assert figures["objective/score"] == pytest.approx(expected.mean(), abs=1e-5)
@@ -208,7 +208,7 @@ def test_the_loss_is_the_clipped_surrogate_and_the_clipped_value_loss_times_its_
         c = config(home).model
         loss = ppo.ppo_loss(settings, language_model(c, VOCAB), scalar_model(c, VOCAB))
         total, figures = jax.device_get(jax.jit(loss)(moved, put_batch(batch, mesh)))
-    assert float(total.mean) == pytest.approx(policy.mean() + 0.3 * value.mean(), rel=1e-4)
+    assert float(sum(term.mean for term in total)) == pytest.approx(policy.mean() + 0.3 * value.mean(), rel=1e-4)
     assert float(figures["loss/policy"].mean) == pytest.approx(policy.mean(), rel=1e-4)
     assert float(figures["loss/value"].mean) == pytest.approx(value.mean(), rel=1e-4)
 

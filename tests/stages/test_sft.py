@@ -34,7 +34,7 @@ def test_the_loss_begins_at_that_of_a_guess_and_falls(home, mesh):
         before = stage.evaluate(state.params)["nll"]
         step, losses = make_step(stage.loss, stage.tx, stage.schedule), []
         for n in range(stage.steps):
-            state, report = step(state, stage.source(n, state).batch)
+            state, report = step(state, stage.source(n, state).batch, {})
             losses.append(float(report["loss"]))
         assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.1)
         assert losses[-1] < losses[0] - 1.0 and stage.evaluate(state.params)["nll"] < before - 1.0
@@ -79,7 +79,7 @@ def test_dropout_is_drawn_for_each_step_and_row_and_not_for_each_part(home, mesh
         reseeded = {**batches[0], "seeds": batches[1]["seeds"]}
         one, parts = (make_step(stage.loss, stage.tx, stage.schedule, accumulate) for accumulate in (1, 4))
         first, cut, other = (
-            float(step(first_state(stage), batch)[1]["loss"])
+            float(step(first_state(stage), batch, {})[1]["loss"])
             for step, batch in ((one, batches[0]), (parts, batches[0]), (one, reseeded))
         )
         assert cut == pytest.approx(first, rel=1e-6) and abs(other - first) > 1e-5

@@ -81,7 +81,7 @@ def trained(name: str, shape: tuple[int, int, int], accumulate: int):
         for n in range(3):
             batch = put_batch(batch_of(name, n), mesh)
             with jax.transfer_guard("disallow"):
-                state, report = step(state, batch)
+                state, report = step(state, batch, {})
             reports.append(jax.device_get(report))
         assert step._cache_size() == 1
         return reports, jax.device_get(state.params)
@@ -110,7 +110,7 @@ def test_a_batch_counts_by_its_weights_however_it_is_cut():
         errors = (guess - batch["y"]) ** 2
         for accumulate in (1, 2, 4, 8):
             step = make_step(loss, TX, lambda count: 0.0, accumulate)
-            _, report = step(state_on(mesh), put_batch(batch, mesh))
+            _, report = step(state_on(mesh), put_batch(batch, mesh), {})
             np.testing.assert_allclose(report["loss"], (errors[0] + 3 * errors[7]) / 4, rtol=1e-5)
 
 
@@ -123,16 +123,16 @@ def test_a_bad_batch_changes_nothing_and_is_counted(toy_step):
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         good, bad = put_batch(rows(0), mesh), put_batch(rows(1) | {"y": np.full(ROWS, np.nan, np.float32)}, mesh)
-        state, report = toy_step(state_on(mesh), good)
+        state, report = toy_step(state_on(mesh), good, {})
         assert report["lr"] == np.float32(0.1) and report["skipped"] == 0
         before = jax.device_get((state.params, state.opt))
         for n in range(1, 6):  # optax.apply_if_finite(3) would let the fourth through
-            state, report = toy_step(state, bad)
+            state, report = toy_step(state, bad, {})
             assert (int(state.step), int(state.skipped), int(report["skipped"])) == (1 + n, n, n)
             assert not np.isfinite(report["loss"])
             after = jax.device_get((state.params, state.opt))
             assert all(a.tobytes() == b.tobytes() for a, b in zip(*map(jax.tree.leaves, (before, after)), strict=True))
-        state, report = toy_step(state, good)
+        state, report = toy_step(state, good, {})
         assert report["lr"] == np.float32(0.05) and report["skipped"] == 5  # the second real update
         assert int(state.step) == 7 and int(state.opt[0].count) == 2
 
@@ -144,7 +144,7 @@ def test_an_infinite_gradient_of_a_finite_loss_is_skipped_too():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         tx = optax.sgd(1.0)
         state = initial_state({"x": jnp.zeros(2)}, tx, {})
-        state, report = make_step(steep, tx, lambda count: 1.0)(state, {})
+        state, report = make_step(steep, tx, lambda count: 1.0)(state, {}, {})
         assert float(report["loss"]) == 0.0 and int(report["skipped"]) == 1
         assert np.all(np.asarray(state.params["x"]) == 0.0)
 
@@ -153,7 +153,7 @@ def test_the_state_given_is_used_up(toy_step):
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         old = state_on(mesh)
-        new, _ = toy_step(old, put_batch(rows(0), mesh))
+        new, _ = toy_step(old, put_batch(rows(0), mesh), {})
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves((old.params, old.opt)))
         assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
 
@@ -166,7 +166,7 @@ def test_integers_do_not_slip_into_a_loss():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         state = initial_state({"x": jnp.ones(3)}, TX, {})
         with pytest.raises(Exception, match="no available implicit dtype promotion path"):
-            make_step(truncating, TX, lambda count: 0.0)(state, {})
+            make_step(truncating, TX, lambda count: 0.0)(state, {}, {})
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
@@ -177,7 +177,7 @@ def test_clipping_is_of_the_mean_gradient(accumulate):
         old = state_on(mesh, tx=tx)
         before = jax.device_get(old.params)
         batch = rows(0) | {"y": np.full(ROWS, 50, np.float32)}
-        new, report = make_step(loss, tx, lambda count: 1.0, accumulate)(old, put_batch(batch, mesh))
+        new, report = make_step(loss, tx, lambda count: 1.0, accumulate)(old, put_batch(batch, mesh), {})
         moved = jax.tree.map(lambda a, b: a - b, jax.device_get(new.params), before)
         assert float(report["grad_norm"]) > 50
         np.testing.assert_allclose(optax.tree.norm(moved), 0.5, rtol=1e-4)
@@ -192,12 +192,12 @@ def test_policy_and_value_have_optimizers_of_their_own():
     with jax.set_mesh(mesh_of(1, 1, 1)):
         tx = by_part({"policy": adamw(config, 4), "value": adamw(critic, 4)})
         params = {"policy": {"w": jnp.zeros(4)}, "value": {"w": jnp.zeros(4)}}
-        state, _ = make_step(apart, tx, lambda count: 0.0)(initial_state(params, tx, {}), {})
+        state, _ = make_step(apart, tx, lambda count: 0.0)(initial_state(params, tx, {}), {}, {})
         np.testing.assert_allclose(state.params["policy"]["w"], -1e-3, rtol=1e-4)
         np.testing.assert_allclose(state.params["value"]["w"], -1e-2, rtol=1e-4)
         clipped = by_part({name: optax.chain(optax.clip_by_global_norm(4.0), optax.sgd(1.0)) for name in params})
         params = {"policy": {"w": jnp.zeros(4)}, "value": {"w": jnp.zeros(4)}}
-        state, _ = make_step(apart, clipped, lambda count: 0.0)(initial_state(params, clipped, {}), {})
+        state, _ = make_step(apart, clipped, lambda count: 0.0)(initial_state(params, clipped, {}), {}, {})
         np.testing.assert_allclose(state.params["policy"]["w"], -1.0)  # norm 2: the critic's is not counted
         np.testing.assert_allclose(state.params["value"]["w"], -2.0, rtol=1e-6)
 
@@ -206,5 +206,5 @@ def test_extras_pass_through(toy_step):
     mesh = mesh_of(1, 1, 1)
     with jax.set_mesh(mesh):
         state = dataclasses.replace(state_on(mesh), extras={"kl_coef": jnp.float32(0.3)})
-        state, _ = toy_step(state, put_batch(rows(0), mesh))
+        state, _ = toy_step(state, put_batch(rows(0), mesh), {})
         assert float(state.extras["kl_coef"]) == np.float32(0.3)
