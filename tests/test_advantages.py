@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import P
 
-from jaxgpt.advantages import adaptive_kl, episode_kl, gae, kl_estimate, replace_missing_eos, token_rewards, whiten
+from jaxgpt.advantages import adaptive_kl, episode_kl, gae, kl_estimate, missing_eos, token_rewards, whiten
 
 B, T = 8, 9
 CLOSE = {"rtol": 1e-6, "atol": 2e-6}
@@ -132,14 +132,14 @@ def test_garbage_after_the_end_changes_no_reward():
 
 def test_a_response_without_an_end_scores_the_given_value():
     scores, ended = jnp.array([0.5, 3.0, -2.0]), jnp.array([True, False, False])
-    assert replace_missing_eos(scores, ended, -1.0).tolist() == [0.5, -1.0, -1.0]
-    assert replace_missing_eos(scores, ended, None).tolist() == [0.5, 3.0, -2.0]
-    assert replace_missing_eos(jnp.array([2, 3, 4]), ended, -1.5).tolist() == [2.0, -1.5, -1.5]
+    assert missing_eos(scores, ended).tolist() == [0.5, -1.0, -1.0]
+    assert missing_eos(scores, ended, "keep").tolist() == [0.5, 3.0, -2.0]
+    assert missing_eos(jnp.array([2, 3, 4]), ended, "replace", -1.5).tolist() == [2.0, -1.5, -1.5]
 
 
 def test_missing_end_is_replaced_before_the_penalty():
     ones = jnp.ones((1, 2))
-    score = replace_missing_eos(jnp.array([9.0]), jnp.array([False]), -1.0)
+    score = missing_eos(jnp.array([9.0]), jnp.array([False]))
     np.testing.assert_allclose(token_rewards(score, ones, 0.0 * ones, ones, 0.5), [[-0.5, -1.5]], rtol=1e-6)
 
 
@@ -229,7 +229,7 @@ def test_the_floor_stands_inside_the_root():
 
 # --- devices --------------------------------------------------------------------------------------------------------
 def rollout(scores, ended, logp, ref, values, mask):
-    scores = replace_missing_eos(scores, ended, -1.0)
+    scores = missing_eos(scores, ended)
     rewards = whiten(token_rewards(scores, logp, ref, mask, 0.05), mask, shift_mean=False)
     advantages, returns = gae(rewards, values, mask, 0.99, 0.95)
     kl = jnp.mean(episode_kl(logp, ref, mask))

@@ -199,10 +199,10 @@ def test_ppo_policy(seed):
         kl.append(0.5 * change**2)
         ratios.append(rho)
     np.testing.assert_allclose(loss.mean, np.mean(terms), rtol=2e-6, atol=1e-6)
-    np.testing.assert_allclose(metrics["policy/clipfrac"].mean, np.mean(clipped), **CLOSE)
-    np.testing.assert_allclose(metrics["policy/approxkl"].mean, np.mean(kl), **CLOSE)
-    np.testing.assert_allclose(metrics["policy/ratio"].mean, np.mean(ratios), **CLOSE)
-    assert metrics["loss/policy"].mean == loss.mean
+    np.testing.assert_allclose(metrics["policy/clipfrac_avg"].mean, np.mean(clipped), **CLOSE)
+    np.testing.assert_allclose(metrics["policy/approxkl_avg"].mean, np.mean(kl), **CLOSE)
+    np.testing.assert_allclose(metrics["val/ratio"].mean, np.mean(ratios), **CLOSE)
+    assert metrics["loss/policy_avg"].mean == loss.mean
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,9 @@ def test_first_minibatch_has_ratio_one_and_the_policy_gradient():
     logp, advantages, mask = -np.abs(draw(0, B, T)), draw(1, B, T), draw_mask(2)
     slope = jax.grad(lambda x: ppo_policy(x, logp, advantages, mask, 0.2)[0].mean)(jnp.asarray(logp))
     _, metrics = ppo_policy(logp, logp, advantages, mask, 0.2)
-    assert abs(float(metrics["policy/ratio"].mean) - 1.0) < 1e-5
-    assert metrics["policy/clipfrac"].mean == 0.0
-    assert metrics["policy/approxkl"].mean == 0.0
+    assert abs(float(metrics["val/ratio"].mean) - 1.0) < 1e-5
+    assert metrics["policy/clipfrac_avg"].mean == 0.0
+    assert metrics["policy/approxkl_avg"].mean == 0.0
     np.testing.assert_allclose(slope, -advantages * mask / mask.sum(), **CLOSE)
 
 
@@ -233,17 +233,17 @@ def test_ppo_value(seed):
         v, o, g = float(values[b, t]), float(old[b, t]), float(returns[b, t])
         terms.append(0.5 * max((v - g) ** 2, (min(max(v, o - 0.2), o + 0.2) - g) ** 2))
     np.testing.assert_allclose(loss.mean, np.mean(terms), **CLOSE)
-    assert metrics["loss/value"].mean == loss.mean
+    assert metrics["loss/value_avg"].mean == loss.mean
 
 
 def test_value_clip_takes_the_larger_error_and_half_of_it():
     one = jnp.ones((1, 1))
     loss, metrics = ppo_value(1.0 * one, 0.0 * one, 1.0 * one, one, 0.25)
     assert loss.mean == 0.5 * 0.75**2
-    assert metrics["value/clipfrac"].mean == 1.0
+    assert metrics["val/clipfrac_avg"].mean == 1.0
     loss, metrics = ppo_value(1.0 * one, 0.0 * one, -1.0 * one, one, 0.25)
     assert loss.mean == 0.5 * 2.0**2
-    assert metrics["value/clipfrac"].mean == 0.0
+    assert metrics["val/clipfrac_avg"].mean == 0.0
 
 
 @pytest.mark.parametrize("objective", [ppo_policy, ppo_value])

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from jaxgpt.advantages import adaptive_kl, episode_kl, gae, replace_missing_eos, token_rewards, whiten
+from jaxgpt.advantages import adaptive_kl, episode_kl, gae, missing_eos, token_rewards, whiten
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.losses import token_entropy, token_logp
@@ -60,7 +60,9 @@ def experience(
     )
     lengths_B = jnp.sum(mask_BN, axis=1)
     raw_B = last_token(scores_BT, prompt - 1 + lengths_B.astype(jnp.int32))
-    scores_B = replace_missing_eos(raw_B, episodes["ended"], config.missing_eos)
+    scores_B = raw_B
+    if config.missing_eos is not None:
+        scores_B = missing_eos(raw_B, episodes["ended"], "replace", config.missing_eos)
     rewards_BN = token_rewards(scores_B, logp_BN, reference_BN, mask_BN, kl_coef)
     if config.whiten_rewards:
         rewards_BN = whiten(rewards_BN, mask_BN, shift_mean=False)
