@@ -75,7 +75,7 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
         Chart("KL from the SFT model", "nats per response", "objective/kl", floor=0.0),
         Chart("Length", "tokens per response", "objective/length", floor=0.0),
         Chart("Ended by itself", "share of responses", "objective/eos_rate", floor=0.0, ceiling=1.0),
-        Chart("Clipped", "share of tokens", "policy/clipfrac", floor=0.0),
+        Chart("Clipped", "share of tokens", "policy/clipfrac_avg", floor=0.0),
         Chart("Value function", "explained variance", "value/explained_variance", ceiling=1.0),
         LEARNING_RATE,
         SPEED,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import P
 
-from jaxgpt.advantages import adaptive_kl, episode_kl, gae, replace_missing_eos, token_rewards, whiten
+from jaxgpt.advantages import adaptive_kl, episode_kl, gae, missing_eos, token_rewards, whiten
 from jaxgpt.config.schema import PpoConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.losses import token_entropy, token_logp
@@ -60,8 +60,7 @@ def experience(
     )
     lengths_B = jnp.sum(mask_BN, axis=1)
     raw_B = last_token(scores_BT, prompt - 1 + lengths_B.astype(jnp.int32))
-    missing = config.missing_eos.value if config.missing_eos.how == "replace" else None
-    scores_B = replace_missing_eos(raw_B, episodes["ended"], missing)
+    scores_B = missing_eos(raw_B, episodes["ended"], config.missing_eos.how, config.missing_eos.value)
     rewards_BN = token_rewards(scores_B, logp_BN, reference_BN, mask_BN, kl_coef)
     if config.whiten_rewards:
         rewards_BN = whiten(rewards_BN, mask_BN, shift_mean=False)

@@ -81,8 +81,8 @@ SHOWN = {
     "objective/kl": "kl",
     "objective/length": "len",
     "objective/eos_rate": "eos",
-    "policy/ratio": "ratio",
-    "policy/clipfrac": "clip",
+    "val/ratio": "ratio",
+    "policy/clipfrac_avg": "clip",
     "lr": "lr",
     "grad_norm": "gnorm",
 }

@@ -66,13 +66,14 @@ def test_the_first_update_is_of_the_policy_that_made_the_episodes(whole):
     assert [line["step"] for line in found] == list(range(1, 13))
     first, second = found[0], found[1]
     assert first["objective/kl"] == 0.0  # the policy is the reference
-    assert first["policy/ratio"] == pytest.approx(1, abs=1e-5)
-    assert first["policy/clipfrac"] == 0.0 and first["policy/approxkl"] < 1e-9 and first["value/clipfrac"] == 0.0
-    assert second["policy/approxkl"] > 1e-9
+    assert first["val/ratio"] == pytest.approx(1, abs=1e-5)
+    assert first["policy/clipfrac_avg"] == first["val/clipfrac_avg"] == 0.0
+    assert first["policy/approxkl_avg"] < 1e-9
+    assert second["policy/approxkl_avg"] > 1e-9
     assert [line["step"] for line in found if "objective/kl" in line] == [1, 5, 9]
     assert abs(found[4]["objective/kl"]) > 1e-4
     for line in (found[4], found[8]):  # each rollout is of the policy that is then updated
-        assert line["policy/ratio"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac"] == 0.0
+        assert line["val/ratio"] == pytest.approx(1, abs=1e-5) and line["policy/clipfrac_avg"] == 0.0
     coefficients = [line["objective/kl_coef"] for line in found if "objective/kl_coef" in line]
     assert coefficients[0] == pytest.approx(0.2) and coefficients[1] == pytest.approx(0.2 * (1 - 0.2 * 8 / 100))
     assert len(set(coefficients)) == 3

@@ -209,8 +209,8 @@ def test_the_loss_is_the_clipped_surrogate_and_the_clipped_value_loss_times_its_
         loss = ppo.ppo_loss(settings, language_model(c, VOCAB), scalar_model(c, VOCAB))
         total, figures = jax.device_get(jax.jit(loss)(moved, put_batch(batch, mesh)))
     assert float(sum(term.mean for term in total)) == pytest.approx(policy.mean() + 0.3 * value.mean(), rel=1e-4)
-    assert float(figures["loss/policy"].mean) == pytest.approx(policy.mean(), rel=1e-4)
-    assert float(figures["loss/value"].mean) == pytest.approx(value.mean(), rel=1e-4)
+    assert float(figures["loss/policy_avg"].mean) == pytest.approx(policy.mean(), rel=1e-4)
+    assert float(figures["loss/value_avg"].mean) == pytest.approx(value.mean(), rel=1e-4)
 
 
 def test_what_stands_behind_the_end_changes_nothing(gather):
