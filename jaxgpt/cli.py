@@ -278,7 +278,12 @@ VERBS = {
     "pretrain": Verb(CONFIG_USAGE, "Stage 1: predict text.", _pipeline, (*STAGE, "data", "pretrain"), "pretrain"),
     "sft": Verb(CONFIG_USAGE, "Stage 2: learn from conversations.", _pipeline, (*STAGE, "sft"), "sft"),
     "reward": Verb(CONFIG_USAGE, "Stage 3: a reward model from rankings.", _pipeline, (*STAGE, "reward"), "reward"),
-    "ppo": Verb(CONFIG_USAGE, "Stage 4: PPO against the reward model.", _pipeline, (*STAGE, "ppo"), "ppo"),
+    "ppo": Verb(CONFIG_USAGE, "Stage 4: PPO against the reward model.", _pipeline, (*STAGE, "data", "ppo"), "ppo"),
+    "grpo": Verb(CONFIG_USAGE, "Group-relative policy optimization: no critic.", _pipeline, (*STAGE, "grpo"), "grpo"),
+    "rloo": Verb(CONFIG_USAGE, "REINFORCE with leave-one-out baselines.", _pipeline, (*STAGE, "rloo"), "rloo"),
+    "rejection": Verb(
+        CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
+    ),
     "eval": Verb(
         f"RUN_FOLDER tasks=NAME,... text=FILE,... | {CONFIG_USAGE}",
         "Measure a model on lm-eval tasks and texts, or the run as its file says.",

@@ -102,3 +102,9 @@ def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[
         key: jax.make_array_from_process_local_data(NamedSharding(mesh, batch_spec(rows.ndim)), rows)
         for key, rows in batch.items()
     }
+
+
+def local_rows(x: jax.Array) -> np.ndarray:
+    """This host's rows of an array whose first dimension is the batch: what `put_batch` was given. Waits for it."""
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[first]) for first in sorted(parts)])

@@ -6,7 +6,7 @@ A transformation's update is called inside the step, where optax needs JAX's sta
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +64,65 @@ def decayed(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def adamw(config: OptimizerConfig, steps: int, per: int = 1) -> optax.GradientTransformation:
+def adamw(config: OptimizerConfig, steps: int, per: int = 1, idle: int = 0) -> optax.GradientTransformation:
     """AdamW (arXiv 1711.05101) with global-norm clipping before it, decay by leaf name, and `schedule`.
 
     The update is -lr (m / (sqrt(v) + eps) + weight_decay p) with bias-corrected m and v: eps stands outside the
-    corrected root, as in torch and optax (lm-human-preferences has TensorFlow's form, whose first steps are smaller).
-    The gradient must already be the mean over the global batch.
+    corrected root, as in torch and optax; with `eps_form` tf see `scale_by_tf_adam`. The gradient must already be the
+    mean over the global batch. For the first `idle` updates the rate is 0.
     """
+    rate = schedule(config, steps, per)
+    adam = scale_by_tf_adam if config.eps_form == "tf" else optax.scale_by_adam
     return optax.chain(
         optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+        adam(b1=config.b1, b2=config.b2, eps=config.eps),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(schedule(config, steps, per)),
+        optax.scale_by_learning_rate(lambda count: jnp.where(count < idle, 0.0, rate(count))),
     )
+
+
+def scale_by_tf_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformation:
+    """Adam in TensorFlow's form: sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps), with m and v not corrected.
+
+    Its eps is optax's times sqrt(1 - b2^t), so that first steps are smaller: 3.8 times at eps 1e-5 and gradients of
+    1e-4 (lm-human-preferences; arXiv 2403.17031).
+    """
+    plain = optax.scale_by_adam(b1=b1, b2=b2, eps=0.0)
+
+    def update(grads: Any, state: optax.ScaleByAdamState, params: Any = None) -> tuple[Any, optax.ScaleByAdamState]:
+        state = plain.update(grads, state, params)[1]
+        steps = state.count.astype(jnp.float32)
+        root = jnp.sqrt(1.0 - jnp.float32(b2) ** steps)
+        factor = root / (1.0 - jnp.float32(b1) ** steps)
+        return jax.tree.map(lambda m, v: factor * m / (jnp.sqrt(v) + eps), state.mu, state.nu), state
+
+    return optax.GradientTransformation(plain.init, update)
+
+
+class Averaged(NamedTuple):
+    """State of `averaged`."""
+
+    inner: optax.OptState
+    average: Any
+    """Average of the parameters, a tree like them."""
+
+
+def averaged(inner: optax.GradientTransformation, decay: float) -> optax.GradientTransformation:
+    """`inner`, and beside it an exponential average of the parameters it makes: a <- decay a + (1 - decay) p.
+
+    The average begins as the first parameters, so that it needs no correction (InstructGPT's has a decay of 0.992).
+    """
+
+    def init(params: Any) -> Averaged:
+        return Averaged(inner.init(params), jax.tree.map(jnp.copy, params))
+
+    def update(grads: Any, state: Averaged, params: Any = None) -> tuple[Any, Averaged]:
+        updates, new = inner.update(grads, state.inner, params)
+        made = optax.apply_updates(params, updates)
+        mixed = jax.tree.map(lambda a, p: decay * a + (1.0 - decay) * p, state.average, made)
+        return updates, Averaged(new, mixed)
+
+    return optax.GradientTransformation(init, update)
 
 
 def by_part(parts: Mapping[str, optax.GradientTransformation]) -> optax.GradientTransformation:
@@ -86,3 +132,8 @@ def by_part(parts: Mapping[str, optax.GradientTransformation]) -> optax.Gradient
     error of optax at init.
     """
     return optax.partition(dict(parts), lambda params: {name: name for name in params})
+
+
+def average_of(state: Any, part: str) -> Any:
+    """The averaged parameters of a part that `by_part` gave an `averaged` transformation."""
+    return state.inner_states[part].inner_state.average[part]

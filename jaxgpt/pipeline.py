@@ -6,6 +6,7 @@ starts from.
 
 from __future__ import annotations
 
+import functools
 import json
 import signal
 import time
@@ -36,15 +37,36 @@ from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
 from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole
 from jaxgpt.report import summary_table, write_report
-from jaxgpt.runs import RANDOM, STAGES, finished, is_finished, is_foreign, parents, resolved, result_folder, run_folder
-from jaxgpt.stages import ppo, pretrain, reward, sft
+from jaxgpt.runs import (
+    RANDOM,
+    STAGES,
+    finished,
+    is_finished,
+    is_foreign,
+    parents,
+    reads_text,
+    resolved,
+    result_folder,
+    run_folder,
+)
+from jaxgpt.stages import grpo, onpolicy, ppo, pretrain, rejection, reward, rloo, sft
 from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
 
 RUNTIME = ("checkpoint", "log_every", "accumulate")
 """Settings of a stage that do not change what comes out of it."""
-LOAD = {"sft": sft.load, "reward": reward.load, "ppo": ppo.load}
-MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage}
+LOAD = {"sft": sft.load, "reward": reward.load} | {
+    name: functools.partial(onpolicy.prompt_rows, name=name) for name in ("ppo", "grpo", "rloo", "rejection")
+}
+MAKE = {
+    "pretrain": pretrain.stage,
+    "sft": sft.stage,
+    "reward": reward.stage,
+    "ppo": ppo.stage,
+    "grpo": grpo.stage,
+    "rloo": rloo.stage,
+    "rejection": rejection.stage,
+}
 
 
 def run_verb(verb: str, config: Config) -> int:
@@ -237,7 +259,7 @@ class Pipeline:
         if stage_inputs(home) == inputs and (home / "done.json").exists():
             self.console.print(f"{name}  finished", highlight=False)
             return
-        if name == "pretrain":
+        if reads_text(self.config, name):
             self.tokens(tokenizer)
         mesh = make_mesh(self.config.mesh)
         with jax.set_mesh(mesh):
@@ -257,11 +279,11 @@ class Pipeline:
             "model": self.config.model.model_dump(mode="json", exclude={"scan_layers", "remat"}),
             "tokenizer": tokenizer.hash,
         }
-        if name == "pretrain":
+        if reads_text(self.config, name):
             data = self.config.data
             inputs["data"] = data.model_dump(mode="json")
-            inputs["files"] = {key: short_hash(self.paths(source.path)) for key, source in data.named.items()}
-        elif settings.get("data"):
+            inputs["text"] = {key: short_hash(self.paths(source.path)) for key, source in data.named.items()}
+        if settings.get("data"):
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
             inputs["files"] = [short_hash(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
-from jaxgpt.config.schema import Config, RolloutConfig
+from jaxgpt.config.schema import Config, PpoConfig, RolloutConfig
 from jaxgpt.data.meadow.write import FILES
 from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.errors import UserError, nearest
-from jaxgpt.runs import STAGES, resolved, run_folder
+from jaxgpt.runs import STAGES, reads_text, resolved, run_folder
 
 Paths = str | tuple[str, ...]
 DATA = {
@@ -63,8 +63,12 @@ def _contexts(loaded: Loaded, sections: list[str]) -> Iterator[str]:
     config, limit = loaded.config, loaded.config.model.context
     context = f"model.context, which is {limit}{_named(loaded, 'model.context').removeprefix('model.context')}"
     for name in sections:
-        if isinstance(getattr(config, name), RolloutConfig):
+        section = getattr(config, name)
+        if isinstance(section, RolloutConfig):
             settings = (f"{name}.prompt_length", f"{name}.response_length")
+            if isinstance(section, PpoConfig) and section.ptx is not None and section.ptx.context > limit:
+                what = _named(loaded, "ppo.ptx.context")
+                yield f"{what}: found {section.ptx.context}, expected at most {context}"
         else:
             settings = ("evaluate.max_tokens",) if name == "evaluate" else (f"{name}.context",)
         length = sum(getattr(getattr(config, name), setting.partition(".")[2]) for setting in settings)
@@ -94,9 +98,9 @@ def _best(loaded: Loaded, stages: list[str]) -> Iterator[str]:
 def _unset(loaded: Loaded, sections: list[str]) -> Iterator[str]:
     """Sections without their data."""
     for name in sections:
-        if name == "pretrain" and not loaded.config.data.named:
-            yield "data.path: must be set, files of text to pretrain on (or data.sources for a mixture)"
-        elif name != "pretrain" and getattr(loaded.config, name).data is None:
+        if reads_text(loaded.config, name) and not loaded.config.data.named:
+            yield f"data.path: must be set, files of text for {name} (or data.sources for a mixture)"
+        if name != "pretrain" and getattr(loaded.config, name).data is None:
             origin = loaded.origins.get(f"{name}.data", "default")
             place = "" if origin == "default" else set_by(origin, "unset by")
             yield f"{name}.data.path{place}: must be set, {DATA[name]}"
@@ -114,7 +118,7 @@ def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, P
         needed["tokenizer.path"] = t.path
         needed["tokenizer.path_text"] = t.path_text if t.path is None else None
         needed["tokenizer.template"] = t.template if t.template not in BUILT_IN else None
-    if "pretrain" in sections or (tokenizer and t.path is None and t.path_text is None):
+    if any(reads_text(config, name) for name in sections) or (tokenizer and t.path is None and t.path_text is None):
         alone = config.data.path is not None
         needed |= {
             "data.path" if alone else f"data.sources.{name}.path": source.path

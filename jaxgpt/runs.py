@@ -49,6 +49,11 @@ def parents(config: Config, name: str) -> dict[str, str]:
     return found
 
 
+def reads_text(config: Config, name: str) -> bool:
+    """Whether a stage learns from the mixture of text: pretraining, and PPO-ptx."""
+    return name == "pretrain" or (name == "ppo" and config.ppo is not None and config.ppo.ptx is not None)
+
+
 def is_foreign(name: str | Path) -> bool:
     """Whether a Hugging Face folder is named, rather than something of ours."""
     return str(name).startswith(FOREIGN)

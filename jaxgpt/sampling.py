@@ -187,8 +187,11 @@ def advance(
     pad: int,
     limit: jax.Array | int,
     pieces: int | None = None,
+    after: int = 0,
 ) -> Decoding:
     """Decodes until every row has one of `ends` or `limit` tokens are there. Temperature 0 takes the likeliest token.
+
+    One of `ends` among a row's first `after` new tokens is an ordinary token (lm-human-preferences' truncate_after).
 
     With `pieces`, ids from there on (rows that pad the embedding) are never drawn; unset draws from the exact softmax.
     Log-probabilities are of the whole softmax either way, as everywhere.
@@ -217,7 +220,7 @@ def advance(
             tokens_BN=jax.lax.dynamic_update_slice(s.tokens_BN, token_B[:, None], at),
             logp_BN=jax.lax.dynamic_update_slice(s.logp_BN, logp_B[:, None], at),
             lengths_B=s.lengths_B + (~s.done_B).astype(jnp.int32),
-            done_B=functools.reduce(operator.or_, (token_B == end for end in ends), s.done_B),
+            done_B=s.done_B | (functools.reduce(operator.or_, (token_B == end for end in ends)) & (s.count >= after)),
             count=s.count + 1,
         )
 
@@ -249,8 +252,8 @@ def generate(
     temperature: jax.Array | float,
     ends: Sequence[int],
     pad: int,
-    kept: Filter | None = None,
+    after: int = 0,
 ) -> Decoding:
-    """Responses of at most `new` tokens to left-padded prompts, from softmax(logits / temperature)."""
+    """Responses of at most `new` tokens to left-padded prompts, from exactly softmax(logits / temperature)."""
     state = start(lm, prompts_BP, segments_BP, new, pad)
-    return advance(lm, state, key, jnp.asarray(temperature, jnp.float32), kept, ends, pad, new)
+    return advance(lm, state, key, jnp.asarray(temperature, jnp.float32), None, ends, pad, new, after=after)

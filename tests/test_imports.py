@@ -27,7 +27,7 @@ PURE = (
 EDGE = (
     ("data", "recorded", "runs", "train.checkpoint", "train.metrics"),
     ("train.loop",),
-    ("interop", "ready"),
+    ("interop", "ready", "graders"),
     ("stages",),
     ("api",),
     ("evaluate", "report"),

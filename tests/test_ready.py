@@ -113,7 +113,7 @@ def test_without_prepare_every_file_must_be_there():
 def test_a_tokenizer_needs_text_or_files():
     words = ("data=null", "tokenizer.path_text=null")
     assert problems("sft", *words)[0].startswith("tokenizer.path_text: must be set, files to learn a tokenizer from")
-    assert problems("pretrain", *words)[0].startswith("data.path: must be set, files of text to pretrain on")
+    assert problems("pretrain", *words)[0].startswith("data.path: must be set, files of text for pretrain")
     for path in ("none.model", "none/"):
         assert problems("sft", *words, f"tokenizer.path={path}")[0].startswith(
             "tokenizer.path (set by 'tokenizer.path="

@@ -581,6 +581,12 @@ class MissingEosConfig(Section):
     value: Number = -1.0
     """The number that is put, taken off, or multiplied with."""
 
+    @model_validator(mode="after")
+    def _off(self) -> MissingEosConfig:
+        if self.how == "subtract" and self.value < 0:
+            raise ValueError(f"value {self.value} is taken off, which adds to the score; expected 0 or more")
+        return self
+
 
 class KlConfig(Section):
     """The penalty that keeps the policy near the SFT model."""
@@ -653,10 +659,12 @@ class RolloutConfig(StageConfig):
 
     @model_validator(mode="after")
     def _multiple(self) -> RolloutConfig:
-        for name, unit in (("episodes", "batch"), ("episodes", "responses"), ("episodes", "rollout_batch")):
+        known = (("episodes", "responses"), ("episodes", "rollout_batch"), ("rollout_batch", "responses"))
+        for name, unit in (("learned", "batch"), *known):
             size, divisor = getattr(self, name), getattr(self, unit)
-            if divisor is not None and size % divisor:
-                raise ValueError(f"{name} {size} is not a multiple of {unit} {divisor}")
+            if size is not None and divisor is not None and size % divisor:
+                shown = {"learned": "episodes / responses" if self.learned != self.episodes else "episodes"}
+                raise ValueError(f"{shown.get(name, name)} {size} is not a multiple of {unit} {divisor}")
         if self.stop_after >= self.response_length:
             raise ValueError(f"stop_after {self.stop_after} is not below response_length {self.response_length}")
         return self
@@ -739,11 +747,21 @@ class GrpoConfig(RolloutConfig):
     clip_high: Positive | None = None
     """Upper clip range; unset means clip (DAPO: 0.28 with clip 0.2)."""
     kl: KlConfig = KlConfig(coef=0.04, estimator="k3")
-    """KL penalty, a term of the loss; 0 needs no reference."""
+    """KL penalty, a term of the loss with a fixed coefficient; 0 needs no reference."""
     dynamic_sampling: Whole = 0
     """Further rollouts that may be drawn to replace groups whose scores are all equal (DAPO)."""
     overlong_buffer: Whole = 0
     """Last tokens of response_length over which a penalty grows to 1 (DAPO's soft punishment); 0 has none."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> GrpoConfig:
+        if self.kl.controller == "adaptive":
+            raise ValueError("kl.controller adaptive steers a penalty in the reward, and here it is in the loss")
+        if self.overlong_buffer > self.response_length:
+            raise ValueError(
+                f"overlong_buffer {self.overlong_buffer} is longer than response_length {self.response_length}"
+            )
+        return self
 
 
 class RlooConfig(RolloutConfig):
@@ -767,12 +785,6 @@ class RejectionConfig(RolloutConfig):
     def learned(self) -> int:
         """The best of each prompt."""
         return self.episodes // self.responses
-
-    @model_validator(mode="after")
-    def _best(self) -> RejectionConfig:
-        if self.learned % self.batch:
-            raise ValueError(f"episodes / responses {self.learned} is not a multiple of batch {self.batch}")
-        return self
 
 
 class EvaluateConfig(Section):

@@ -14,14 +14,15 @@ from jaxgpt.errors import UserError
 
 
 class PromptRows:
-    """Prompts as rows: `rows[i]` is {"tokens": [P], "segments": [P]}, int32, segments 0 on the padding before it.
+    """Prompts as rows: `rows[i]` is {"tokens": [P], "segments": [P], "row": i}, int32; segments are 0 on padding.
 
-    `records` are the JSON records, in the same order.
+    `records` are the JSON records, and `wheres` their places ("file:line"), in the same order.
     """
 
-    def __init__(self, prompts: Sequence[Sequence[int]], records: Sequence[dict[str, Any]], length: int, pad: int):
+    def __init__(self, prompts: Sequence[Sequence[int]], records: Sequence[Record], length: int, pad: int):
         self.prompts = [np.array(prompt, np.int32) for prompt in prompts]
-        self.records = list(records)
+        self.records: list[dict[str, Any]] = [record.value for record in records]
+        self.wheres = [record.where for record in records]
         self.length = length
         self.pad = pad
 
@@ -34,7 +35,7 @@ class PromptRows:
         segments = np.zeros(self.length, np.int32)
         tokens[self.length - len(prompt) :] = prompt
         segments[self.length - len(prompt) :] = 1
-        return {"tokens": tokens, "segments": segments}
+        return {"tokens": tokens, "segments": segments, "row": np.int32(row)}
 
 
 def load_prompts(
@@ -54,7 +55,7 @@ def load_prompts(
                 "shorten the prompt"
             )
         prompts.append(ids)
-        records.append(record.value)
+        records.append(record)
     if not prompts:
         raise UserError(f"{paths}: no prompts; each line is one JSON object")
     return PromptRows(prompts, records, prompt_length, tokenizer.pad)

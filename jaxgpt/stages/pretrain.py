@@ -53,11 +53,15 @@ def lower_nll(figures: dict[str, float]) -> float:
     return -figures["nll"]
 
 
-def sources(run: Run, config: PretrainConfig) -> dict[str, Rows]:
+def sources(run: Run, context: int) -> dict[str, Rows]:
     """The training rows of each source of the mixture."""
-    return {
-        name: Rows(Shard.open(run.folder / "tokens" / name, "train"), config.context) for name in run.config.data.named
-    }
+    return {name: Rows(Shard.open(run.folder / "tokens" / name, "train"), context) for name in run.config.data.named}
+
+
+def text_batches(run: Run, context: int, batch: int) -> Batches:
+    """Batches of the mixture of text, by step."""
+    weights = {name: source.weight for name, source in run.config.data.named.items()}
+    return Batches(mixture(sources(run, context), weights, run.config.seed), batch, run.hosts)
 
 
 def stage(run: Run, config: PretrainConfig) -> Stage:
@@ -65,7 +69,6 @@ def stage(run: Run, config: PretrainConfig) -> Stage:
     check_batch(run.mesh, config.batch // config.accumulate, "pretrain.batch / pretrain.accumulate")
     net = language_model(run.config.model, run.vocab)
     weights = {name: source.weight for name, source in run.config.data.named.items()}
-    draws = mixture(sources(run, config), weights, run.config.seed)
     evaluate = None
     if run.config.data.val_fraction > 0:
         shards = [Shard.open(run.folder / "tokens" / name, "val") for name in weights]
@@ -78,7 +81,7 @@ def stage(run: Run, config: PretrainConfig) -> Stage:
         fixed = Batches(ordered(*rows), config.batch, run.hosts)
         evaluate = mean_of(language_loss(net), held_out(fixed, config.eval_batches, run.mesh))
     init, key = run.parent("pretrain"), run.key("pretrain")
-    source = FromData(Batches(draws, config.batch, run.hosts), run.mesh)
+    source = FromData(text_batches(run, config.context, config.batch), run.mesh)
     return Stage(
         name="pretrain",
         init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
@@ -93,7 +96,7 @@ def stage(run: Run, config: PretrainConfig) -> Stage:
         quality=lower_nll,
         notes=tuple(
             f"{use.name}: {use.tokens:,} tokens, {use.share:.1%} of the rows, {use.epochs:.2f} epochs"
-            for use in describe(sources(run, config), weights, config.steps, config.batch)
+            for use in describe(sources(run, config.context), weights, config.steps, config.batch)
         ),
         close=source.close,
     )

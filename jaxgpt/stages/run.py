@@ -16,6 +16,7 @@ from jaxgpt.config.schema import Config, ModelConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.interop.family import NOT_ARCHITECTURE
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.interop.weights import read_params
 from jaxgpt.mesh import check_model, put_batch
@@ -95,16 +96,32 @@ class Run:
         """A finished language model's parameters, on the mesh."""
         return self._load(init, "language", language_model(self.config.model, self.vocab))
 
-    def load_scalar(self, init: str) -> Params:
-        """A finished reward model's parameters, on the mesh."""
-        return self._load(init, "scalar", scalar_model(self.config.model, self.vocab))
+    def reward_net(self, init: str) -> Net:
+        """A finished reward model's computation; it may be of another size than the run's model."""
+        if is_foreign(init):
+            model = Foreign.describe(self.paths(init)[0]).model
+            runtime = {name: getattr(self.config.model, name) for name in NOT_ARCHITECTURE}
+            model, vocab = model.model_copy(update={**runtime, "vocab": None}), model.vocab or self.vocab
+        else:
+            folder = result_folder(self.config, init, "scalar") / "params"
+            meta = params_meta(folder)
+            _check_kind(folder, meta.get("kind"), "scalar")
+            model, vocab = ModelConfig.model_validate(meta["model"]), int(meta["vocab"])
+        check_model(self.mesh, model, vocab)
+        return scalar_model(model, vocab)
+
+    def load_reward(self, init: str) -> tuple[Net, Params]:
+        """A finished reward model: its computation, and its parameters on the mesh."""
+        net = self.reward_net(init)
+        return net, self._load(init, "scalar", net)
 
     def _load(self, init: str, kind: str, net: Net) -> Params:
         if is_foreign(init):
             foreign = Foreign.describe(self.paths(init)[0])
             _check_kind(foreign.path, foreign.kind, kind)
             _check_tokenizer(foreign.path, Tokenizer.load(foreign.path).model_hash, self.tokenizer.model_hash, self)
-            foreign.check_same(self.config.model)
+            if kind == "language":
+                foreign.check_same(self.config.model)
             return read_params(foreign, net.abstract)
         folder = result_folder(self.config, init, kind) / "params"
         meta = params_meta(folder)

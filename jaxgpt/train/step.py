@@ -46,7 +46,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Sche
     does one without any weight, which is idle.
 
     The step takes, beside state and batch, the stage's frozen parameters: `loss` sees both as one tree.
-    Metrics are float32 scalars, with lr (of this update), grad_norm (before clipping) and skipped.
+    Metrics are float32 scalars, with lr (of this update), grad_norm (before clipping), skipped and idle.
     """
 
     def evaluate(params: Params, frozen: Params, batch: Batch) -> tuple[tuple[Ratio, ...], Metrics]:
@@ -99,17 +99,19 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, schedule: optax.Sche
         moves = finite & ~idle
         keep = jax.tree.map(lambda new, old: jnp.where(moves, new, old), (params, opt), (state.params, state.opt))
         skipped = state.skipped + (~finite).astype(jnp.int32)
+        idled = state.idle + (finite & idle).astype(jnp.int32)
         report = {name: figure.reported for name, figure in metrics.items()}
         report |= {
             "loss": total,
             "lr": jnp.asarray(schedule(state.step - state.skipped - state.idle), jnp.float32),
             "grad_norm": norm,
             "skipped": skipped,
+            "idle": idled,
         }
         state = state.replace(
             step=state.step + 1,
             skipped=skipped,
-            idle=state.idle + (finite & idle).astype(jnp.int32),
+            idle=idled,
             params=keep[0],
             opt=keep[1],
         )
