@@ -9,6 +9,7 @@ Letters: B episodes, P prompt length, N response length, T = P + N.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -88,7 +89,7 @@ class Rollouts:
     def __post_init__(self) -> None:
         self._respond = jax.jit(self._generate)
         self._measure = jax.jit(self._measured)
-        self._estimate = jax.jit(self._estimated)
+        self._learn = jax.jit(functools.partial(learnable, self.config, self.estimate))
         self._pick = jax.jit(pick)
         self._join = jax.jit(_join)
         self._part = jax.jit(_part, static_argnums=(1, 2))
@@ -138,7 +139,7 @@ class Rollouts:
         params = self._all(state)
         episodes, scores = self._scored(rollout, params["policy"])
         measured = self._join(tuple(self._measure(params, part) for part in self._parts(episodes)))
-        found, kl_B = self._estimate(measured, scores, state.extras)
+        found, kl_B = self._learn(measured, scores, state.extras)
         samples = self._samples(measured, scores, kl_B) if rollout % self.config.samples_every == 0 else ()
         return found.batch, found.figures, found.extras, samples
 
@@ -215,17 +216,6 @@ class Rollouts:
         with jax.numpy_dtype_promotion("strict"):
             return self.actors.measure(params, episodes)
 
-    def _estimated(self, measured: Batch, scores: Scores, extras: dict[str, jax.Array]) -> tuple[Estimated, jax.Array]:
-        c = self.config
-        with jax.numpy_dtype_promotion("strict"):
-            raw_B, most = scores["total"], c.reward_clip
-            raw_B = raw_B if most is None else jnp.clip(raw_B, -most, most)
-            scores_B = missing_eos(raw_B, measured["ended"], c.missing_eos.how, c.missing_eos.value)
-            found = self.estimate(measured, scores_B, extras)
-            kl_B = reference_kl(measured)
-            figures = objective_figures(measured, scores_B) | score_figures(scores)
-        return found._replace(figures=figures | found.figures), kl_B
-
     def _samples(self, measured: Batch, scores: Scores, kl_B: jax.Array) -> tuple[Mapping[str, Any], ...]:
         """The first episodes, to be read by people."""
         shown = {name: measured[name] for name in ("tokens", "segments", "mask", "ended")}
@@ -245,6 +235,19 @@ class Rollouts:
             "length": length,
             "ended": ended,
         }
+
+
+def learnable(
+    config: RolloutConfig, estimate: Estimate, measured: Batch, scores: Scores, extras: dict[str, jax.Array]
+) -> tuple[Estimated, jax.Array]:
+    """What a stage learns from in measured and judged episodes, and each one's KL from the reference, nats [B]."""
+    with jax.numpy_dtype_promotion("strict"):
+        raw_B, most = scores["total"], config.reward_clip
+        raw_B = raw_B if most is None else jnp.clip(raw_B, -most, most)
+        scores_B = missing_eos(raw_B, measured["ended"], config.missing_eos.how, config.missing_eos.value)
+        found = estimate(measured, scores_B, extras)
+        figures = objective_figures(measured, scores_B) | score_figures(scores)
+        return found._replace(figures=figures | found.figures), reference_kl(measured)
 
 
 def reference_kl(measured: Batch) -> jax.Array:

@@ -21,6 +21,8 @@ from jaxgpt.train.state import State, initial_state
 
 ANIMALS, THINGS = ("fox", "owl", "cat", "bear"), ("moon", "hat", "lake", "drum")
 VOCAB = 128
+TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo", "rloo", "rejection")
+BOTH = [{"type": "model"}, {"type": "length", "target": 3, "weight": 0.5}]
 OPTIMIZER = {"lr": 1e-2, "warmup": 0.0, "schedule": "constant"}
 
 
@@ -90,7 +92,11 @@ def config(runs: Path, **changes: dict[str, Any]) -> Config:
             "data": {"path": "{run}/prompts.jsonl"},
         },
     }
-    for name in ("pretrain", "sft", "reward", "ppo"):
+    prompts = {name: sections["ppo"][name] for name in ("iterations", "prompt_length", "response_length", "data")}
+    sections["grpo"] = {**prompts, "episodes": 8, "responses": 4, "batch": 4, "rewards": BOTH}
+    sections["rloo"] = {**prompts, "episodes": 8, "responses": 2, "batch": 8, "epochs": 2}
+    sections["rejection"] = {**prompts, "episodes": 32, "responses": 4, "batch": 4}
+    for name in TRAINED:
         sections[name] |= {"optimizer": OPTIMIZER}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values

@@ -4,10 +4,9 @@ import jax
 import pytest
 from small_run import config, finished, first_state, mesh_of, open_run
 
-from jaxgpt.stages import ppo, pretrain, reward, sft
+from jaxgpt.config.schema import RolloutConfig
+from jaxgpt.pipeline import MAKE
 from jaxgpt.train.step import make_step
-
-MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage}
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -21,13 +20,13 @@ def test_each_stage_compiles_each_program_once(home, name, shape):
         section = getattr(run.config, name)
         stage = MAKE[name](run, section)
         step, state = make_step(stage.loss, stage.tx, stage.schedule), first_state(stage)
-        steps = 2 * section.updates_per_rollout if name == "ppo" else 3
+        steps = 2 * section.updates_per_rollout if isinstance(section, RolloutConfig) else 3
         for n in range(steps):
             drawn = stage.source(n, state)
             with jax.transfer_guard("disallow"):
                 state, _ = step(state.replace(extras=drawn.extras), drawn.batch, {})
         programs = [step]
-        if name == "ppo":
-            programs += [stage.source._respond, stage.source._experience]
+        if isinstance(section, RolloutConfig):
+            programs += [stage.source._respond, stage.source._measure, stage.source._learn]
         stage.close()
     assert [program._cache_size() for program in programs] == [1] * len(programs)

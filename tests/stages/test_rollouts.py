@@ -9,12 +9,14 @@ import pytest
 from small_run import VOCAB, config, finished, first_state, mesh_of, open_run
 
 from jaxgpt.config.schema import MissingEosConfig, PpoConfig
+from jaxgpt.data.prompts import load_prompts
 from jaxgpt.data.rankings import load_rankings
 from jaxgpt.mesh import put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.stages import ppo
-from jaxgpt.stages.reward import score_rows
-from jaxgpt.stages.rollouts import experience
+from jaxgpt.stages.episodes import Actors, Critic, token_scores
+from jaxgpt.stages.reward import last_token, score_rows
+from jaxgpt.stages.rollouts import learnable
 
 P, N, END, PAD = 6, 5, 2, 3
 LENGTHS, ENDED = (5, 3, 1, 5), (True, True, True, False)
@@ -54,7 +56,13 @@ def episodes() -> dict[str, np.ndarray]:
         segments[row, P - prompt : P + length], mask[row, :length] = 1, 1
         if ended:
             tokens[row, P + length - 1] = END
-    return {"tokens": tokens, "segments": segments, "mask": mask, "ended": np.array(ENDED)}
+    return {
+        "tokens": tokens,
+        "segments": segments,
+        "mask": mask,
+        "ended": np.array(ENDED),
+        "sampler_logp": np.zeros_like(mask),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +76,29 @@ def models(home, mesh):
         return jax.tree.map(lambda leaf: leaf * 5 if leaf.ndim > 1 else leaf, drawn)
 
 
+def actors(home, settings) -> Actors:
+    c = config(home).model
+    lm, critic = language_model(c, VOCAB), Critic(scalar_model(c, VOCAB))
+    return Actors(policy=lm, reference=lm, critic=critic, prompt=P, temperature=settings.temperature)
+
+
+def learned(home, settings, models, given, coef):
+    """PPO's batch and figures of episodes that are scored by the reward model alone."""
+    measured = actors(home, settings).measure(models, given)
+    last = P - 1 + jnp.sum(given["mask"], axis=1).astype(jnp.int32)
+    score = last_token(token_scores(scalar_model(config(home).model, VOCAB), models["reward"], given), last)
+    found, _ = learnable(settings, ppo.ppo_estimate(settings), measured, {"total": score}, {"kl_coef": coef})
+    return found.batch, found.figures
+
+
 @pytest.fixture(scope="module")
 def gather(home, mesh, models):
-    """experience() as a function of settings, episodes and coefficient; as NumPy."""
+    """What is learned, as a function of settings, episodes and coefficient; as NumPy."""
 
     def call(settings, given, coef=0.0, **changes):
         with jax.set_mesh(mesh):
-            c = config(home).model
-            function = jax.jit(
-                lambda models, given, coef: experience(
-                    settings, language_model(c, VOCAB), scalar_model(c, VOCAB), models, given, coef
-                )
-            )
-            return jax.device_get(function({**models, **changes}, put_batch(given, mesh), jnp.float32(coef)))
+            whole = jax.jit(lambda models, given, coef: learned(home, settings, models, given, coef))
+            return jax.device_get(whole({**models, **changes}, put_batch(given, mesh), jnp.float32(coef)))
 
     return call
 
@@ -141,7 +159,7 @@ def test_the_score_is_that_of_the_unpadded_text_at_its_last_token(home, mesh, mo
         if missing.how == "replace":
             expected[3] = -1.0  # in place of the score, for the one without an end
         np.testing.assert_allclose(batch["returns"], expected[:, None] * given["mask"], atol=2e-5)
-        assert figures["objective/score"] == pytest.approx(expected.mean(), abs=1e-5)
+        assert figures["objective/scores"] == pytest.approx(expected.mean(), abs=1e-5)
     assert figures["objective/length"] == 3.5 and figures["objective/eos_rate"] == 0.75
 
 
@@ -183,8 +201,8 @@ def test_advantages_and_returns_are_those_of_a_loop_over_the_tokens(home, mesh, 
             later, value_after = delta + 0.9 * 0.8 * later, read["value"][row, n]
             advantages[row, n], returns[row, n] = later, later + value_after
     assert np.std(read["value"][mask > 0]) > 0.1 and abs(rewards[mask > 0].mean()) > 0.05
-    np.testing.assert_allclose(batch["old_logp"] * mask, read["policy"], atol=1e-4)
-    np.testing.assert_allclose(batch["old_values"] * mask, read["value"], atol=1e-4)
+    np.testing.assert_allclose(batch["logp"] * mask, read["policy"], atol=1e-4)
+    np.testing.assert_allclose(batch["values"] * mask, read["value"], atol=1e-4)
     np.testing.assert_allclose(batch["returns"], returns, atol=1e-4)
     np.testing.assert_allclose(batch["advantages"], white(advantages, mask, keep_mean=False), atol=1e-4)
 
@@ -195,18 +213,15 @@ def test_the_loss_is_the_clipped_surrogate_and_the_clipped_value_loss_times_its_
     batch, _ = gather(settings, given, coef=0.3)
     now, _ = gather(settings, given, **moved)
     real = given["mask"] > 0
-    old, new = (
-        {name: one[name][real].astype(np.float64) for name in ("old_logp", "old_values")} for one in (batch, now)
-    )
+    old, new = ({name: one[name][real].astype(np.float64) for name in ("logp", "values")} for one in (batch, now))
     advantages, returns = batch["advantages"][real], batch["returns"][real]
-    ratio, near = np.exp(new["old_logp"] - old["old_logp"]), new["old_values"] - old["old_values"]
+    ratio, near = np.exp(new["logp"] - old["logp"]), new["values"] - old["values"]
     policy = np.maximum(-advantages * ratio, -advantages * np.clip(ratio, 0.9, 1.1))
-    clipped = old["old_values"] + np.clip(near, -0.4, 0.4)
-    value = 0.5 * np.maximum((new["old_values"] - returns) ** 2, (clipped - returns) ** 2)
+    clipped = old["values"] + np.clip(near, -0.4, 0.4)
+    value = 0.5 * np.maximum((new["values"] - returns) ** 2, (clipped - returns) ** 2)
     assert np.sum(np.abs(near) > 0.4) > 2 and np.sum(np.abs(ratio - 1) > 0.1) > 2 and value.mean() > 0.1
     with jax.set_mesh(mesh):
-        c = config(home).model
-        loss = ppo.ppo_loss(settings, language_model(c, VOCAB), scalar_model(c, VOCAB))
+        loss = ppo.ppo_loss(settings, actors(home, settings))
         total, figures = jax.device_get(jax.jit(loss)(moved, put_batch(batch, mesh)))
     assert float(sum(term.mean for term in total)) == pytest.approx(policy.mean() + 0.3 * value.mean(), rel=1e-4)
     assert float(figures["loss/policy_avg"].mean) == pytest.approx(policy.mean(), rel=1e-4)
@@ -219,7 +234,7 @@ def test_what_stands_behind_the_end_changes_nothing(gather):
     assert (other["tokens"] != given["tokens"]).sum() > 10
     settings = PLAIN.model_copy(update={"whiten_advantages": True, "whiten_rewards": True})
     (one, figures), (two, others) = gather(settings, given, 0.1), gather(settings, other, 0.1)
-    for name in ("old_logp", "old_values", "advantages", "returns"):
+    for name in ("logp", "values", "advantages", "returns"):
         np.testing.assert_allclose(one[name] * given["mask"], two[name] * given["mask"], atol=1e-6)
     for name in figures:
         assert figures[name] == pytest.approx(others[name], abs=1e-6), name
@@ -234,7 +249,7 @@ def test_every_episode_is_used_once_in_every_epoch(home, mesh):
         for n in range(8):
             drawn.append(jax.device_get(stage.source(n, state)))
             assert bool(drawn[n].metrics) == (n % 4 == 0) and stage.boundary(n) == (n % 4 == 0)
-    rows = [[row.tobytes() for row in one.batch["old_values"]] for one in drawn]
+    rows = [[row.tobytes() for row in one.batch["values"]] for one in drawn]
     epochs = [rows[n] + rows[n + 1] for n in range(0, 8, 2)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert sorted(epochs[0]) == sorted(epochs[1]) and sorted(epochs[2]) == sorted(epochs[3])
@@ -268,7 +283,7 @@ def rolled(home, shape) -> tuple[dict, dict]:
 def test_a_rollout_does_not_depend_on_the_mesh(home, mesh):
     (one, figures), (other, others) = rolled(home, (1, 1, 1)), rolled(home, (2, 2, 2))
     assert np.array_equal(one["tokens"], other["tokens"]) and np.array_equal(one["mask"], other["mask"])
-    for name in ("old_logp", "old_values", "advantages", "returns"):
+    for name in ("logp", "values", "advantages", "returns"):
         np.testing.assert_allclose(one[name], other[name], atol=1e-4, err_msg=name)
     for name in figures:
         assert figures[name] == pytest.approx(others[name], abs=1e-4), name
@@ -296,6 +311,6 @@ def test_rankings_and_episodes_are_scored_alike(home, mesh):
         run = open_run(config(home), mesh)
         rows = load_rankings(run.paths("{run}/rankings.jsonl"), run.tokenizer, 32, 3)
         ranked = rows[0]["tokens"][0][: rows[0]["lengths"][0]]
-        prompt = ppo.load_prompts(run.paths("{run}/prompts.jsonl"), run.tokenizer, 14).prompts[0]
+        prompt = load_prompts(run.paths("{run}/prompts.jsonl"), run.tokenizer, 14).prompts[0]
         assert ranked[-1] == run.tokenizer.eos and ranked[0] == prompt[0] == run.tokenizer.bos
         assert prompt[-1] == run.tokenizer.control["<|assistant|>"] and prompt[-1] in ranked

@@ -14,6 +14,7 @@ from jaxgpt.losses import Ratio
 from jaxgpt.mesh import put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.optim import adamw, by_part, schedule
+from jaxgpt.stages.episodes import Actors, Critic
 from jaxgpt.stages.ppo import ppo_loss
 from jaxgpt.stages.pretrain import language_loss
 from jaxgpt.stages.reward import ranking_loss
@@ -47,9 +48,16 @@ def batch_of(name: str, seed: int) -> dict[str, np.ndarray]:
             "ranks": np.tile(np.array([2, 1], np.int32), (B, 1)),
         }
     n = PPO.response_length
-    drawn = {key: rng.standard_normal((B, n)).astype(np.float32) for key in ("advantages", "old_values", "returns")}
+    drawn = {key: rng.standard_normal((B, n)).astype(np.float32) for key in ("advantages", "values", "returns")}
     old_logp = -3.4 + 0.1 * rng.standard_normal((B, n)).astype(np.float32)
-    return {"tokens": tokens, "segments": ones, "mask": mask[:, :n], "old_logp": old_logp, **drawn}
+    return {
+        "tokens": tokens,
+        "segments": ones,
+        "mask": mask[:, :n],
+        "logp": old_logp,
+        "value_mask": mask[:, :n],
+        **drawn,
+    }
 
 
 def drawn(shapes):
@@ -69,10 +77,11 @@ def trained(name: str, shape: tuple[int, int, int], accumulate: int):
     with jax.set_mesh(mesh):
         lm, scalar = language_model(MODEL, VOCAB), scalar_model(MODEL, VOCAB)
         one = adamw(OPTIMIZER, 3)
+        actors = Actors(lm, lm, Critic(scalar), PPO.prompt_length, PPO.temperature)
         nets, function, tx = {
             "next_token": (lm, language_loss(lm), one),
             "ranking": (scalar, ranking_loss(scalar), one),
-            "ppo": ({"policy": lm, "value": scalar}, ppo_loss(PPO, lm, scalar), by_part({"policy": one, "value": one})),
+            "ppo": ({"policy": lm, "value": scalar}, ppo_loss(PPO, actors), by_part({"policy": one, "value": one})),
         }[name]
         shapes = {part: net.abstract for part, net in nets.items()} if isinstance(nets, dict) else nets.abstract
         state = jax.jit(lambda params: initial_state(params, tx, {}))(drawn(shapes))
