@@ -31,8 +31,8 @@ from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokenizer_folder import tokenizer_files
 from jaxgpt.data.tokens import is_current, write_tokens
 from jaxgpt.errors import UserError
-from jaxgpt.evaluate.scorer import load_scorer
 from jaxgpt.evaluate.suite import Suite, read_prompts
+from jaxgpt.graders import load_scorer
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
 from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole

@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 from jaxgpt.config import fields
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.schema import Section
-from jaxgpt.config.tree import Node, plain, scalar
+from jaxgpt.config.tree import Node, plain, plant, scalar
 from jaxgpt.errors import nearest
 
 _WRONG = object()  # in the place of a section that could not be built
@@ -45,7 +45,7 @@ def build(section: type[Section], node: Node, path: str, problems: list[str], co
 
 
 def _value(annotation: Any, info: FieldInfo, node: Node, path: str, problems: list[str], complete: bool) -> Any:
-    """Sections are built; a plain value is left for its section to judge."""
+    """Sections are built, also those in lists; a plain value is left for its section to judge."""
     inner = fields.entry(annotation)
     if inner is not None and fields.sections(inner) and isinstance(node.value, dict):
         given = {name: child for name, child in node.value.items() if child.value is not None}
@@ -53,6 +53,13 @@ def _value(annotation: Any, info: FieldInfo, node: Node, path: str, problems: li
             name: _value(inner, info, child, f"{path}.{name}", problems, complete) for name, child in given.items()
         }
         return _WRONG if _WRONG in built.values() else built
+    each = fields.item(annotation)
+    if each is not None and fields.sections(each) and isinstance(node.value, list):
+        items = [
+            _value(each, info, plant(value, node.origin), f"{path}[{number}]", problems, complete)
+            for number, value in enumerate(node.value)
+        ]
+        return _WRONG if _WRONG in items else items
     if not fields.sections(annotation) or node.value is None:
         return plain(node)
     if not isinstance(node.value, dict):

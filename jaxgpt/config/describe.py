@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 
 from jaxgpt.config import fields
 from jaxgpt.config.fields import Setting
@@ -52,7 +52,7 @@ def default(info: FieldInfo) -> str:
     value = info.default
     if value is PydanticUndefined:
         return " must be set"
-    return f" = {scalar(list(value) if isinstance(value, tuple) else value)}"
+    return f" = {scalar(to_jsonable_python(value))}"
 
 
 def explain(loaded: Loaded) -> str:

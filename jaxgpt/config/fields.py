@@ -59,6 +59,13 @@ def entry(annotation: Any) -> Any:
     return get_args(annotation)[1] if get_origin(annotation) is dict else None
 
 
+def item(annotation: Any) -> Any:
+    """The annotation of the items of a list of any length (tuple[X, ...]), else None."""
+    bare = get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
+    inside = get_args(bare) if get_origin(bare) is tuple else ()
+    return inside[0] if inside[-1:] == (Ellipsis,) else None
+
+
 def nullable(annotation: Any) -> bool:
     """Whether null is a value of it."""
     return NoneType in alternatives(annotation)
@@ -81,15 +88,15 @@ def variant(annotation: Any, info: FieldInfo, named: Any) -> type[Section] | Non
 
 def settings(section: type[Section], prefix: str = "", only: str = "") -> Iterator[Setting]:
     """Every field below `section`: plain values first, then the sections, each before its parts."""
-    named = sorted(annotations(section).items(), key=lambda item: bool(sections(item[1]) or entry(item[1])))
+    named = sorted(annotations(section).items(), key=lambda one: bool(sections(one[1]) or entry(one[1])))
     for name, annotation in named:
         path = f"{prefix}{name}"
         yield Setting(path, annotation, section.model_fields[name], only)
-        inner = entry(annotation)
-        choices = sections(annotation if inner is None else inner)
-        for choice in choices:
-            several = f"type={tag(choice)}" if len(choices) > 1 else only
-            yield from settings(choice, f"{path}." if inner is None else f"{path}.NAME.", several)
+        places = ((annotation, f"{path}."), (entry(annotation), f"{path}.NAME."), (item(annotation), f"{path}[N]."))
+        for inner, below in places:
+            choices = sections(inner)
+            for choice in choices:
+                yield from settings(choice, below, f"type={tag(choice)}" if len(choices) > 1 else only)
 
 
 def words(annotation: Any, null: bool = True) -> str:

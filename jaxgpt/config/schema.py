@@ -6,6 +6,7 @@ One file describes one assistant, from raw text to the RL model; each verb reads
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -545,6 +546,14 @@ class RegexReward(Section):
     weight: Number = 1.0
     """Factor in the sum."""
 
+    @model_validator(mode="after")
+    def _compiles(self) -> RegexReward:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ValueError(f"pattern '{self.pattern}' is no regular expression: {error}") from error
+        return self
+
 
 class LengthReward(Section):
     """0 up to a length, then falling by 1 for each further stretch of that length."""
@@ -568,9 +577,9 @@ class FunctionReward(Section):
     """Factor in the sum."""
 
 
-Reward = Annotated[
-    ModelReward | ExactReward | NumberReward | RegexReward | LengthReward | FunctionReward, Field(discriminator="type")
-]
+Verifiable = ExactReward | NumberReward | RegexReward | LengthReward | FunctionReward
+"""Rewards that no model gives."""
+Reward = Annotated[ModelReward | Verifiable, Field(discriminator="type")]
 
 
 class MissingEosConfig(Section):

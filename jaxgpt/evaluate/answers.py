@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.api import Generation, Model
-from jaxgpt.evaluate.scorer import Scorer
+from jaxgpt.graders import Scorer
 
 Record = dict[str, Any]
 

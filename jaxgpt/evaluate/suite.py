@@ -32,7 +32,7 @@ from jaxgpt.evaluate.answers import (
     win_rate,
 )
 from jaxgpt.evaluate.rewards import reward_accuracy
-from jaxgpt.evaluate.scorer import load_scorer
+from jaxgpt.graders import load_scorer
 from jaxgpt.runs import STAGES, is_finished, resolved
 
 

@@ -89,12 +89,10 @@ class Judge:
         for name, grade in self._graders.items():
             values = np.zeros(len(texts), np.float32)
             for i, (row, text) in enumerate(zip(rows.tolist(), texts, strict=True)):
-                values[i] = grade(self._prompts.records[row], text, int(lengths[i]))
-                if not np.isfinite(values[i]):
-                    raise UserError(
-                        f"{self._prompts.wheres[row]}: the reward {name} gave {values[i]} for the response "
-                        f"{text!r:.80}; expected a finite number"
-                    )
+                try:
+                    values[i] = grade(self._prompts.records[row], text, int(lengths[i]))
+                except UserError as error:
+                    raise UserError(f"{self._prompts.wheres[row]}: {error}") from error
             found[name] = values
         return found
 

@@ -36,7 +36,7 @@ def prompt_rows(run: Run, config: RolloutConfig, name: str) -> PromptRows:
     """The prompts. Raises UserError naming the record that cannot be used, or that lacks what a reward asks for."""
     assert config.data is not None
     rows = load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length, f"{name}.prompt_length")
-    check_records(config.rewards, rows)
+    check_records(config.rewards, rows, f"{name}.rewards")
     return rows
 
 

@@ -1,7 +1,6 @@
 """What would be found out at the end of a run is told at its beginning."""
 
 import json
-import sys
 
 import pytest
 from rich.console import Console
@@ -9,36 +8,10 @@ from tiny_run import make_run
 
 from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig, Prompts
 from jaxgpt.errors import UserError
-from jaxgpt.evaluate.scorer import load_scorer
 from jaxgpt.evaluate.suite import Suite
 from jaxgpt.pipeline import Pipeline
 
 ONE = MeshConfig(data=1, fsdp=1, tensor=1)
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("gold_score", "x is 'gold_score'; expected module:function, as jaxgpt.data.meadow:gold_score"),
-        (":score", "x is ':score'; expected module:function"),
-        ("nowhere.at_all:score", "x: cannot import nowhere.at_all .ModuleNotFoundError: No module named 'nowhere'"),
-        ("jaxgpt.data.meadow:gold_scor", "x: jaxgpt.data.meadow has no function gold_scor. Did you mean 'gold_score'"),
-        ("broken_judge:score", "x: cannot import broken_judge .ZeroDivisionError: division by zero"),
-    ],
-)
-def test_a_scorer_that_cannot_be_had_is_told(name, said, tmp_path, monkeypatch):
-    (tmp_path / "broken_judge.py").write_text("1 / 0\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    with pytest.raises(UserError, match=said):
-        load_scorer(name, "x")
-
-
-def test_a_scorer_may_stand_in_the_working_folder(tmp_path, monkeypatch):
-    (tmp_path / "my_judge.py").write_text("def score(record, response):\n    return len(response)\n")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    assert load_scorer("my_judge:score", "x")({}, "abc") == 3
 
 
 def test_a_run_is_refused_before_it_begins(tmp_path):
