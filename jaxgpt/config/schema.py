@@ -406,6 +406,11 @@ class LoraConfig(Section):
     targets: Annotated[tuple[Literal["q", "k", "v", "o", "up", "gate", "down"], ...], Field(min_length=1)] = ("q", "v")
     """Matrices that get one: queries, keys, values and output of attention; up, gate and down of the feed-forward."""
 
+    @property
+    def scale(self) -> float:
+        """Factor of the products."""
+        return self.alpha / self.rank
+
 
 class SupervisedConfig(StageConfig):
     """What the stages that learn from files have."""

@@ -14,9 +14,9 @@ from flax import nnx
 from jax import P
 
 from jaxgpt.config.schema import ModelConfig, RopePositions
-from jaxgpt.mesh import BATCH, gather
+from jaxgpt.mesh import BATCH
 from jaxgpt.models.kernels import attention, contract, project
-from jaxgpt.models.layers import Draw, scales
+from jaxgpt.models.layers import Draw, affine, scales
 
 
 def rope_frequencies(config: RopePositions, head_dim: int) -> jax.Array:
@@ -124,13 +124,17 @@ class Attention(nnx.Module):
         self.o_bias_D = draw.zeros((D,), (None,)) if c.attention.out_bias else None
         self.q_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
         self.k_scale_K = draw.ones((K,), (None,)) if c.attention.qk_norm else None
+        self.lora_q = draw.adapter("q", self.q_DHK)
+        self.lora_k = draw.adapter("k", self.k_DGK)
+        self.lora_v = draw.adapter("v", self.v_DGK)
+        self.lora_o = draw.adapter("o", self.o_HKD, residual=True)
 
     def qkv(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ...]:
         """Scaled queries [B, T, H, K] and keys, values [B, G, T, K], positions applied."""
         c, dtype = self.c, x_BTD.dtype
-        q_BTHK = self._part(x_BTD, self.q_DHK, self.q_bias_HK)
-        k_BTGK = self._part(x_BTD, self.k_DGK, self.k_bias_GK)
-        v_BTGK = self._part(x_BTD, self.v_DGK, self.v_bias_GK)
+        q_BTHK = affine(project, x_BTD, self.q_DHK, self.q_bias_HK, self.lora_q)
+        k_BTGK = affine(project, x_BTD, self.k_DGK, self.k_bias_GK, self.lora_k)
+        v_BTGK = affine(project, x_BTD, self.v_DGK, self.v_bias_GK, self.lora_v)
         if self.q_scale_K is not None:
             q_BTHK = scales(q_BTHK, self.q_scale_K[...], c.norm.eps)
             k_BTGK = scales(k_BTGK, self.k_scale_K[...], c.norm.eps)
@@ -139,11 +143,6 @@ class Attention(nnx.Module):
         scale = c.attention.scale or c.head_dim**-0.5
         return (q_BTHK * scale).astype(dtype), k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2)
 
-    def _part(self, x_BTD: jax.Array, weight: nnx.Param, bias: nnx.Param | None) -> jax.Array:
-        y = project(x_BTD, gather(weight[...], x_BTD.dtype))
-        return y if bias is None else y + gather(bias[...], x_BTD.dtype)
-
     def output(self, out_BTHK: jax.Array) -> jax.Array:
         """The heads' results joined, [B, T, D]."""
-        y_BTD = contract(out_BTHK, gather(self.o_HKD[...], out_BTHK.dtype))
-        return y_BTD if self.o_bias_D is None else y_BTD + self.o_bias_D[...].astype(y_BTD.dtype)
+        return affine(contract, out_BTHK, self.o_HKD, self.o_bias_D, self.lora_o)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from jaxgpt.config.schema import ModelConfig
+from jaxgpt.config.schema import LoraConfig, ModelConfig
 from jaxgpt.mesh import gather
 from jaxgpt.models.kernels import project
 from jaxgpt.models.net import Net, functional
@@ -20,9 +20,11 @@ from jaxgpt.models.transformer import Backbone
 class LanguageModel(nnx.Module):
     """A distribution over the next token."""
 
-    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
+    def __init__(
+        self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0, lora: LoraConfig | None = None
+    ):
         self.c = c
-        self.backbone = Backbone(c, vocab, rngs, dropout)
+        self.backbone = Backbone(c, vocab, rngs, dropout, lora)
         std = c.width**-0.5 if c.init_std == "fan_in" else c.init_std
         unembed = None if c.tied else jax.random.normal(rngs.params(), (vocab, c.width)) * std
         self.unembed_VD = None if unembed is None else nnx.Param(unembed, out_sharding=("tensor", "fsdp"))
@@ -50,8 +52,8 @@ class LanguageModel(nnx.Module):
 class ScalarModel(nnx.Module):
     """A number at every token: the reward model reads the last one, the critic all."""
 
-    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs):
-        self.backbone = Backbone(c, vocab, rngs)
+    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, lora: LoraConfig | None = None):
+        self.backbone = Backbone(c, vocab, rngs, lora=lora)
         head_D = jax.random.normal(rngs.params(), (c.width,)) * (c.width + 1) ** -0.5
         self.head_D = nnx.Param(head_D, out_sharding=(None,))
         self.bias = nnx.Param(jnp.zeros((), out_sharding=P()))
@@ -63,11 +65,12 @@ class ScalarModel(nnx.Module):
         return scores_BT + self.bias[...]
 
 
-def language_model(c: ModelConfig, vocab: int, dropout: float = 0.0) -> Net:
-    """A language model as pure functions; call under `jax.set_mesh`."""
-    return functional(lambda rngs: LanguageModel(c, vocab, rngs, dropout))
+def language_model(c: ModelConfig, vocab: int, dropout: float = 0.0, lora: LoraConfig | None = None) -> Net:
+    """A language model as pure functions, with adapters where `lora` asks for them; call under `jax.set_mesh`."""
+    return functional(lambda rngs: LanguageModel(c, vocab, rngs, dropout, lora))
 
 
-def scalar_model(c: ModelConfig, vocab: int) -> Net:
-    """A reward or value model as pure functions; call under `jax.set_mesh`."""
-    return functional(lambda rngs: ScalarModel(c, vocab, rngs))
+def scalar_model(c: ModelConfig, vocab: int, lora: LoraConfig | None = None) -> Net:
+    """A reward or value model as pure functions, with adapters where `lora` asks for them; call under
+    `jax.set_mesh`."""
+    return functional(lambda rngs: ScalarModel(c, vocab, rngs, lora))

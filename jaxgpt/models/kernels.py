@@ -38,12 +38,15 @@ def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     return jax.lax.pcast(x, axes, to="varying")
 
 
-def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...], in `dtype` or that of x."""
-    outputs = jax.typeof(w).sharding.spec[1:]
+def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None = None, kept: bool = True) -> jax.Array:
+    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...], in `dtype` or that of x.
+
+    One that is not `kept` is cheap: remat policies compute it again.
+    """
+    outputs, named = jax.typeof(w).sharding.spec[1:], _product if kept else lambda y: y
     out = P(BATCH, None, *outputs)
     if not on_cpu():
-        return _product(jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out))
+        return named(jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out))
 
     def local(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
         x_BTI = _vary(x_BTI, ("tensor",)) if "tensor" in outputs else x_BTI
@@ -51,7 +54,7 @@ def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None =
         return y.reshape(*y.shape[:2], *w.shape[1:])
 
     specs = (P(BATCH, None, None), P(None, *outputs))
-    return _product(jax.shard_map(local, in_specs=specs, out_specs=out)(x_BTI, w))
+    return named(jax.shard_map(local, in_specs=specs, out_specs=out)(x_BTI, w))
 
 
 def contract(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -1,19 +1,21 @@
-"""The small parts of a block: initial weights, norms, feed-forward, dropout.
+"""The small parts of a block: initial weights, adapters, norms, feed-forward, dropout.
 
-Letters: B batch, T time, D model width, F feed-forward width.
+Letters: B batch, T time, D model width, F feed-forward width; of any matrix I inputs and O outputs, each of one
+dimension or two, and L the rank of its adapter.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from jaxgpt.config.schema import ModelConfig
+from jaxgpt.config.schema import LoraConfig, ModelConfig
 from jaxgpt.mesh import BATCH, gather
 from jaxgpt.models.kernels import contract, once_computed, project
 
@@ -24,6 +26,7 @@ class Draw:
 
     rngs: nnx.Rngs
     c: ModelConfig
+    lora: LoraConfig | None = None
 
     def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, residual: bool = False) -> nnx.Param:
         """A Gaussian matrix: its first dimension is contracted, or all but the last where it is `residual`, which says
@@ -50,6 +53,52 @@ class Draw:
     def ones(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
         """A scale."""
         return nnx.Param(jnp.ones(shape), out_sharding=axes)
+
+    def adapter(self, target: str, weight_IO: nnx.Param | None, *, residual: bool = False) -> Adapter | None:
+        """The adapter of a matrix, where there is to be one: split over the mesh as the matrix is, its rank whole.
+
+        (x A) B begins at 0: A is uniform within +-1 / sqrt(inputs), as in loralib and PEFT, and B is 0.
+        """
+        if self.lora is None or weight_IO is None or target not in self.lora.targets:
+            return None
+        cut = weight_IO.ndim - 1 if residual else 1
+        axes, rank = jax.typeof(weight_IO[...]).sharding.spec, self.lora.rank
+        inputs, outputs = weight_IO.shape[:cut], weight_IO.shape[cut:]
+        bound = math.prod(inputs) ** -0.5
+        a_IL = jax.random.uniform(self.rngs.params(), (*inputs, rank), minval=-bound, maxval=bound)
+        return Adapter(
+            nnx.Param(a_IL, out_sharding=(*axes[:cut], None)),
+            nnx.Param(jnp.zeros((rank, *outputs)), out_sharding=(None, *axes[cut:])),
+            self.lora.scale,
+            contract if residual else project,
+        )
+
+
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+"""`project` or `contract`."""
+
+
+class Adapter(nnx.Module):
+    """What low-rank adaptation adds to x W: (x A) B alpha / rank (arXiv 2106.09685, section 4.1)."""
+
+    def __init__(self, a_IL: nnx.Param, b_LO: nnx.Param, scale: float, product: Product):
+        self.a_IL, self.b_LO = a_IL, b_LO
+        self.scale, self.product = scale, product
+
+    def __call__(self, x_BTI: jax.Array) -> jax.Array:
+        """[B, T, I] to [B, T, O]."""
+        x_BTL = self.product(x_BTI, gather(self.a_IL[...], x_BTI.dtype))
+        return project(x_BTL, gather(self.b_LO[...], x_BTI.dtype), kept=False) * self.scale
+
+
+def affine(
+    product: Product, x_BTI: jax.Array, weight_IO: nnx.Param, bias_O: nnx.Param | None, adapter: Adapter | None
+) -> jax.Array:
+    """x W with what stands beside W, [B, T, O]."""
+    y_BTO = product(x_BTI, gather(weight_IO[...], x_BTI.dtype))
+    if adapter is not None:
+        y_BTO = y_BTO + adapter(x_BTI)
+    return y_BTO if bias_O is None else y_BTO + bias_O[...].astype(x_BTI.dtype)
 
 
 def scales(x: jax.Array, scale: jax.Array | None, eps: float) -> jax.Array:
@@ -97,19 +146,19 @@ class Mlp(nnx.Module):
         self.up_bias_F = draw.zeros((F,), ("tensor",)) if c.mlp.bias else None
         self.gate_bias_F = draw.zeros((F,), ("tensor",)) if c.mlp.bias and c.gated else None
         self.down_bias_D = draw.zeros((D,), (None,)) if c.mlp.bias else None
+        self.lora_up = draw.adapter("up", self.up_DF)
+        self.lora_gate = draw.adapter("gate", self.gate_DF)
+        self.lora_down = draw.adapter("down", self.down_FD, residual=True)
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to the same shape."""
         act = ACTIVATIONS[self.activation]
-        up_BTF = _expand(x_BTD, self.up_DF, self.up_bias_F)
-        h_BTF = act(up_BTF) if self.gate_DF is None else act(_expand(x_BTD, self.gate_DF, self.gate_bias_F)) * up_BTF
-        y_BTD = contract(h_BTF, gather(self.down_FD[...], x_BTD.dtype))
-        return y_BTD if self.down_bias_D is None else y_BTD + self.down_bias_D[...].astype(x_BTD.dtype)
-
-
-def _expand(x_BTD: jax.Array, weight_DF: nnx.Param, bias_F: nnx.Param | None) -> jax.Array:
-    y_BTF = project(x_BTD, gather(weight_DF[...], x_BTD.dtype))
-    return y_BTF if bias_F is None else y_BTF + bias_F[...].astype(x_BTD.dtype)
+        h_BTF = affine(project, x_BTD, self.up_DF, self.up_bias_F, self.lora_up)
+        if self.gate_DF is None:
+            h_BTF = act(h_BTF)
+        else:
+            h_BTF = act(affine(project, x_BTD, self.gate_DF, self.gate_bias_F, self.lora_gate)) * h_BTF
+        return affine(contract, h_BTF, self.down_FD, self.down_bias_D, self.lora_down)
 
 
 def dropout(x_BTD: jax.Array, seeds_B: jax.Array | None, site: jax.Array, rate: float) -> jax.Array:

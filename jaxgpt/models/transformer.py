@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import P
 
-from jaxgpt.config.schema import LearnedPositions, ModelConfig, RopePositions
+from jaxgpt.config.schema import LearnedPositions, LoraConfig, ModelConfig, RopePositions
 from jaxgpt.mesh import BATCH, gather
 from jaxgpt.models.attention import Attention, attend, rope_tables
 from jaxgpt.models.kernels import PRODUCT
@@ -97,14 +97,16 @@ def compute_dtype(c: ModelConfig) -> jnp.dtype:
 class Backbone(nnx.Module):
     """Token and position embeddings, blocks, output norm."""
 
-    def __init__(self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0):
+    def __init__(
+        self, c: ModelConfig, vocab: int, rngs: nnx.Rngs, dropout: float = 0.0, lora: LoraConfig | None = None
+    ):
         self.c, self.dropout = c, dropout
         draw = Draw(rngs, c)
         self.embed_VD = draw.embedding((vocab, c.width), ("tensor", "fsdp"))
         learned = isinstance(c.positions, LearnedPositions)
         self.positions_TD = draw.embedding((c.context, c.width), (None, "fsdp")) if learned else None
         keys_N = jax.random.split(rngs.params(), c.layers)
-        self.blocks = jax.vmap(lambda key: Block(c, Draw(nnx.Rngs(params=key), c)))(keys_N)
+        self.blocks = jax.vmap(lambda key: Block(c, Draw(nnx.Rngs(params=key), c, lora)))(keys_N)
         self.norm = Norm(c, draw)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
