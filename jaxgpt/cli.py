@@ -279,6 +279,7 @@ VERBS = {
     "sft": Verb(CONFIG_USAGE, "Stage 2: learn from conversations.", _pipeline, (*STAGE, "sft"), "sft"),
     "reward": Verb(CONFIG_USAGE, "Stage 3: a reward model from rankings.", _pipeline, (*STAGE, "reward"), "reward"),
     "ppo": Verb(CONFIG_USAGE, "Stage 4: PPO against the reward model.", _pipeline, (*STAGE, "data", "ppo"), "ppo"),
+    "dpo": Verb(CONFIG_USAGE, "Direct preference optimization on rankings.", _pipeline, (*STAGE, "dpo"), "dpo"),
     "grpo": Verb(CONFIG_USAGE, "Group-relative policy optimization: no critic.", _pipeline, (*STAGE, "grpo"), "grpo"),
     "rloo": Verb(CONFIG_USAGE, "REINFORCE with leave-one-out baselines.", _pipeline, (*STAGE, "rloo"), "rloo"),
     "rejection": Verb(

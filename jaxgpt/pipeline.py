@@ -49,13 +49,13 @@ from jaxgpt.runs import (
     result_folder,
     run_folder,
 )
-from jaxgpt.stages import grpo, onpolicy, ppo, pretrain, rejection, reward, rloo, sft
+from jaxgpt.stages import dpo, grpo, onpolicy, ppo, pretrain, rejection, reward, rloo, sft
 from jaxgpt.stages.run import Run
 from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
 
 RUNTIME = ("checkpoint", "log_every", "accumulate")
 """Settings of a stage that do not change what comes out of it."""
-LOAD = {"sft": sft.load, "reward": reward.load} | {
+LOAD = {"sft": sft.load, "reward": reward.load, "dpo": dpo.load} | {
     name: functools.partial(onpolicy.prompt_rows, name=name) for name in ("ppo", "grpo", "rloo", "rejection")
 }
 MAKE = {
@@ -63,6 +63,7 @@ MAKE = {
     "sft": sft.stage,
     "reward": reward.stage,
     "ppo": ppo.stage,
+    "dpo": dpo.stage,
     "grpo": grpo.stage,
     "rloo": rloo.stage,
     "rejection": rejection.stage,

@@ -12,6 +12,8 @@ from jaxgpt.errors import UserError, nearest
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rloo", "rejection")
 """All stages, in the order in which a run has them."""
+ALIGNED = ("ppo", "dpo", "grpo", "rloo", "rejection")
+"""Those that make the SFT model better liked, each in its own way; all give a language model."""
 IMPORTED = "imported"
 """The folder of a model that came from elsewhere, beside those of the stages."""
 RANDOM = "random"

@@ -106,7 +106,7 @@ def test_eval_and_report_read_what_was_trained(home: Path) -> None:
     found = jaxgpt(home, "eval", "small.yaml")
     assert found.returncode == 0, found.stderr
     results = json.loads((home / "runs/small/evaluate/results.json").read_text())
-    assert set(results["stages"]) >= {"sft", "ppo"} and 0.0 <= results["win_rate_vs_sft"] <= 1.0
+    assert set(results["stages"]) >= {"sft", "ppo"} and 0.0 <= results["stages"]["ppo"]["win_rate_vs_sft"] <= 1.0
     found = jaxgpt(home, "report", "runs/small")
     assert found.returncode == 0 and (home / "runs/small/report.html").is_file(), found.stderr
     report = json.loads((home / "runs/small/report.json").read_text())

@@ -489,9 +489,15 @@ class DpoConfig(SupervisedConfig):
     length_normalized: bool = True
     """ipo: log-ratios are means over a response's tokens instead of sums."""
     sft_coef: NonNegative = 0.0
-    """Weight of the chosen response's negative log-likelihood, nats per token."""
+    """Weight of the best response's negative log-likelihood, nats per token."""
     lora: LoraConfig | None = None
     """Train adapters alone; the reference is the model without them."""
+
+    @model_validator(mode="after")
+    def _smoothed(self) -> DpoConfig:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(f"label_smoothing {self.label_smoothing} is for loss sigmoid; ipo has none, set it to 0")
+        return self
 
 
 class Prompts(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -18,11 +19,15 @@ from jaxgpt.errors import UserError
 
 @dataclass(frozen=True, slots=True)
 class Ranking:
-    """The rendered responses to one prompt, `ids` each [n] int32, and their ranks, 1 the best, equal for a tie."""
+    """The rendered responses to one prompt, `ids` each [n] int32, and their ranks, 1 the best, equal for a tie.
+
+    `spans`, each [n] uint8, are 1 on what the assistant says in the response and the token that ends it.
+    """
 
     where: str
     prompt: str
     ids: tuple[np.ndarray, ...]
+    spans: tuple[np.ndarray, ...]
     ranks: tuple[int, ...]
     kind: str | None
 
@@ -87,18 +92,23 @@ def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int, sect
         raise UserError(
             f"{record.where}: {len(replies)} responses, {section}.responses is {most}; raise it or drop some"
         )
-    rendered = []
+    rendered, spans = [], []
+    spoken = any(message["role"] == "assistant" for message in prompt)
+    asked = render_record(record, tokenizer, prompt)[0] if spoken else []
     for number, reply in enumerate(replies):
-        ids, _ = render_record(record, tokenizer, [*prompt, *reply])
+        ids, mask = render_record(record, tokenizer, [*prompt, *reply])
         if len(ids) > context:
             raise UserError(
                 f"{record.where}: response {number + 1} and its prompt take {len(ids)} tokens, {section}.context is "
                 f"{context}; raise {section}.context or drop the line"
             )
+        shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(asked, ids, strict=False)))
         rendered.append(np.array(ids, np.int32))
+        spans.append(np.array([0] * shared + mask[shared:], np.uint8))
     kind = record.value.get("kind")
     key = json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
-    return Ranking(record.where, key, tuple(rendered), tuple(ranks), kind if isinstance(kind, str) else None)
+    kind = kind if isinstance(kind, str) else None
+    return Ranking(record.where, key, tuple(rendered), tuple(spans), tuple(ranks), kind)
 
 
 def _prompt(record: Record) -> list[Message]:

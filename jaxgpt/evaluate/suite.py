@@ -33,7 +33,7 @@ from jaxgpt.evaluate.answers import (
 )
 from jaxgpt.evaluate.rewards import reward_accuracy
 from jaxgpt.graders import load_scorer
-from jaxgpt.runs import STAGES, is_finished, resolved
+from jaxgpt.runs import ALIGNED, STAGES, is_finished, resolved
 
 
 class Asked(NamedTuple):
@@ -86,16 +86,19 @@ class Suite:
             if self.c.few_shot:
                 results["stages"]["base"] = {"exact": self._few_shot_exact(self.models["pretrain"])}
         gold: dict[str, np.ndarray] = {}
-        for name in ("sft", "ppo"):
-            if name in self.models:
-                self.console.print(f"evaluate {name}", highlight=False)
-                results["stages"][name], gold[name] = self._assistant(name)
-        if len(gold) == 2 and self.scorer is not None:
-            results["win_rate_vs_sft"] = win_rate(gold["ppo"], gold["sft"])
+        for name in self._assistants():
+            self.console.print(f"evaluate {name}", highlight=False)
+            results["stages"][name], gold[name] = self._assistant(name)
+            if name != "sft" and "sft" in gold and self.scorer is not None:
+                results["stages"][name]["win_rate_vs_sft"] = win_rate(gold[name], gold["sft"])
         if "reward" in self.models and self.config.reward is not None:
             results["reward"] = self._reward(self.models["reward"])
         results["samples"] = self._samples()
         return results | {"seconds": round(time.monotonic() - began, 2)}
+
+    def _assistants(self) -> list[str]:
+        """The SFT model, and what came of it."""
+        return [name for name in ("sft", *ALIGNED) if name in self.models]
 
     def _exact(self, model: Model) -> dict[str, float]:
         answers = answer(model, self.exact.prompts, self.c.max_tokens, 0.0, self.c.batch, 0)
@@ -124,7 +127,7 @@ class Suite:
             found["reward"] = float(np.mean(rewards(self.models["reward"], answers, c.batch)))
         found["eos_rate"] = float(np.mean([response.ended for response in answers.responses]))
         found["length"] = float(np.mean([len(response.tokens) for response in answers.responses]))
-        if name == "ppo" and "sft" in self.models:
+        if name != "sft" and "sft" in self.models:
             found["kl"] = self._kl(answers)
         return found, scores
 
@@ -152,8 +155,7 @@ class Suite:
                 asked = [few_shot_prompt(c.few_shot, prompt) for prompt in prompts]
                 found = base.generate(asked, c.max_tokens, 0.0, stop=("Question:", "\n"))
                 columns["base_few_shot"] = [r.text for r in found]
-        for name in ("sft", "ppo"):
-            if name in self.models:
-                talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
-                columns[name] = self.models[name].chat(talks, c.max_tokens, 0.0)
+        talks = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        for name in self._assistants():
+            columns[name] = self.models[name].chat(talks, c.max_tokens, 0.0)
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

@@ -22,6 +22,7 @@ def dpo(
     *,
     kind: DpoKind = "sigmoid",
     label_smoothing: float = 0.0,
+    weight_B: jax.Array | None = None,
 ) -> tuple[Ratio, Metrics]:
     """Loss of pairs of responses to one prompt, mean over pairs; with h the gain of the chosen over the rejected one,
 
@@ -41,12 +42,14 @@ def dpo(
         beta: strength of the pull to the reference; IPO's tau.
         kind: "sigmoid" or "ipo".
         label_smoothing: e, the chance that a label is wrong, 0 to 0.5 (conservative DPO); of "sigmoid" alone.
+        weight_B: of each pair in the mean of the loss; a pair of weight 0 is none, and may hold any finite numbers.
+            Unset means 1.
 
     Returns:
-        The loss, and metrics with TRL's names, means over pairs: "rewards/chosen" and "rewards/rejected", beta times
-        the log-probability's gain over the reference; "rewards/margins", their difference; "rewards/accuracies", the
-        share of pairs whose chosen one has the larger reward, equal ones counting half; "logps/chosen" and
-        "logps/rejected". Raises ValueError for another kind, or smoothing with IPO.
+        The loss, and metrics with TRL's names, means over pairs whatever their weight: "rewards/chosen" and
+        "rewards/rejected", beta times the log-probability's gain over the reference; "rewards/margins", their
+        difference; "rewards/accuracies", the share of pairs whose chosen one has the larger reward, equal ones counting
+        half; "logps/chosen" and "logps/rejected". Raises ValueError for another kind, or smoothing with IPO.
     """
     chosen_B, rejected_B = (jnp.asarray(x).astype(jnp.float32) for x in (chosen_B, rejected_B))
     ref_chosen_B, ref_rejected_B = (
@@ -64,8 +67,8 @@ def dpo(
             loss_B = jnp.square(gain_B - 1.0 / (2.0 * beta))
         case _:
             raise ValueError(f"dpo: kind is {kind!r}; it must be 'sigmoid' or 'ipo'")
-    one_B = jnp.ones_like(loss_B)
-    loss = Ratio.of(loss_B, one_B)
+    weight_B = jnp.ones_like(loss_B) if weight_B is None else jnp.asarray(weight_B).astype(jnp.float32)
+    loss, one_B = Ratio.of(loss_B, weight_B), (weight_B != 0.0).astype(jnp.float32)
     return loss, {
         "rewards/chosen": Ratio.of(beta * gain_chosen_B, one_B),
         "rewards/rejected": Ratio.of(beta * gain_rejected_B, one_B),

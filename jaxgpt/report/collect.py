@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from jaxgpt.errors import UserError, nearest
-from jaxgpt.runs import STAGES
+from jaxgpt.runs import ALIGNED, STAGES
 
 Point = tuple[int, float]  # (step, value)
 
@@ -112,7 +112,7 @@ class Run:
     @property
     def params(self) -> int | None:
         """Parameters of the language model."""
-        found = (self.stages[name].done for name in ("pretrain", "sft", "ppo", "reward") if name in self.stages)
+        found = (self.stages[name].done for name in ("pretrain", "sft", *ALIGNED, "reward") if name in self.stages)
         return next((done["params"] for done in found if done and "params" in done), None)
 
 

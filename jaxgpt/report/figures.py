@@ -12,8 +12,18 @@ from rich.table import Table
 
 from jaxgpt.report.collect import Run, Stage, read_run
 from jaxgpt.report.numbers import DASH, count, decimal, duration, percent
+from jaxgpt.runs import ALIGNED
 
-TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "reward": "Reward model", "ppo": "PPO"}
+TITLES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "reward": "Reward model",
+    "ppo": "PPO",
+    "dpo": "DPO",
+    "grpo": "GRPO",
+    "rloo": "RLOO",
+    "rejection": "Rejection sampling",
+}
 
 
 def report_figures(run: Run) -> dict[str, Any]:
@@ -27,7 +37,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         "pretrain": _pretrain(stages["pretrain"]) if "pretrain" in stages else None,
         "sft": _sft(stages["sft"], run.results) if "sft" in stages else None,
         "reward": _reward(stages["reward"], run.results) if "reward" in stages else None,
-        "ppo": _ppo(stages["ppo"], run.results) if "ppo" in stages else None,
+        **{name: _aligned(stages[name], run.results) for name in ALIGNED if name in stages},
         "base": _base(run.results),
         "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
@@ -67,6 +77,8 @@ def key_result(figures: Mapping[str, Any], name: str) -> str:
     if name == "reward":
         return f"{percent(found.get('heldout_accuracy'), 1)} of held-out pairs right"
     parts = []
+    if found.get("heldout_accuracy") is not None:
+        parts.append(f"{percent(found['heldout_accuracy'], 1)} of held-out pairs right")
     if found.get("gold_after") is not None and found.get("gold_before") is not None:
         parts.append(f"gold score from {decimal(found['gold_before'])} to {decimal(found['gold_after'])}")
     if found.get("win_rate_vs_sft") is not None:
@@ -96,17 +108,20 @@ def _reward(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
     return _present(heldout_accuracy=accuracy, by_margin=by_margin, by_kind=by_kind)
 
 
-def _ppo(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
+def _aligned(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a stage made of the SFT model."""
     before = results.get("stages", {}).get("sft") or {}
-    after = results.get("stages", {}).get("ppo") or {}
+    after = results.get("stages", {}).get(stage.name) or {}
     return _present(
+        heldout_accuracy=stage.measured("rewards/accuracies"),
+        heldout_margin=stage.measured("rewards/margins"),
         gold_before=before.get("gold"),
         gold_after=after.get("gold"),
         reward_before=before.get("reward"),
         reward_after=after.get("reward"),
         kl=after.get("kl", _recent(stage, "objective/kl")),
         eos_rate=after.get("eos_rate", _recent(stage, "objective/eos_rate")),
-        win_rate_vs_sft=results.get("win_rate_vs_sft"),
+        win_rate_vs_sft=after.get("win_rate_vs_sft"),
         gold_by_kind_before=before.get("gold_by_kind"),
         gold_by_kind_after=after.get("gold_by_kind"),
         heldout_exact=after.get("exact"),

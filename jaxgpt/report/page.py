@@ -19,12 +19,13 @@ from jaxgpt.report import numbers
 from jaxgpt.report.charts import Line, line_chart, smooth
 from jaxgpt.report.collect import Run, Stage, read_run
 from jaxgpt.report.figures import TITLES, key_result, report_figures
+from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
     "base": "Base, plain continuation",
     "base_few_shot": "Base, few-shot",
     "sft": "SFT",
-    "ppo": "RL",
+    **{name: TITLES[name] for name in ALIGNED},
 }
 
 
@@ -80,6 +81,19 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
         LEARNING_RATE,
         SPEED,
     ),
+    "dpo": (
+        Chart("Accuracy", "share of pairs", "rewards/accuracies", ceiling=1.0, span=2, eval_key="rewards/accuracies"),
+        Chart("Loss", "of a ranking", "loss", eval_key="loss"),
+        Chart("Margin", "reward of better minus worse", "rewards/margins", eval_key="rewards/margins"),
+        Chart(
+            "Rewards",
+            "beta times the gain over the reference",
+            "rewards/chosen",
+            beside=("rewards/rejected", "worse response", "better response"),
+        ),
+        LEARNING_RATE,
+        GRADIENT,
+    ),
 }
 
 
@@ -115,7 +129,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         sample_titles=SAMPLE_TITLES,
         samples=[sample for sample in run.results.get("samples", []) if any(sample.get(key) for key in SAMPLE_TITLES)],
         prompts=run.results.get("prompts"),
-        tax=[table for table in _tax_tables(figures) if table["rows"]],
+        tax=[table for name in ALIGNED for table in _tax_tables(figures, name)],
         stages=[_stage_view(figures, stage) for stage in run.stages.values()],
         margins=_margins(figures.get("reward", {}).get("by_margin") or []),
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
@@ -170,7 +184,7 @@ def _size(run: Run) -> str:
 
 def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
     """The strip of key figures: a number, what it is, and what it is to be compared with."""
-    sections = {name: figures.get(name, {}) for name in ("pretrain", "sft", "reward", "ppo", "base")}
+    sections = {name: figures.get(name, {}) for name in ("pretrain", "sft", "reward", "base")}
     tiles = []
 
     def add(stage: str, value: str, label: str, note: str = "") -> None:
@@ -192,30 +206,28 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
         add("SFT", numbers.decimal(sections["sft"]["val_nll"], 3), "validation loss, nats per token")
     if (accuracy := sections["reward"].get("heldout_accuracy")) is not None:
         add("Reward model", numbers.percent(accuracy, 1), "of held-out pairs put right", "by chance: 50\u202f%")
-    ppo = sections["ppo"]
-    if ppo.get("gold_after") is not None and ppo.get("gold_before") is not None:
-        change = numbers.signed(ppo["gold_after"] - ppo["gold_before"])
-        add(
-            "RL",
-            numbers.decimal(ppo["gold_after"]),
-            "gold score",
-            f"{change} against SFT at {numbers.decimal(ppo['gold_before'])}",
-        )
-    if (rate := ppo.get("win_rate_vs_sft")) is not None:
-        kl = f"at a KL of {numbers.decimal(ppo['kl'])} nats" if ppo.get("kl") is not None else ""
-        add("RL", numbers.percent(rate), "of prompts won against SFT", kl)
+    for name in ALIGNED:
+        found, title = figures.get(name, {}), TITLES[name]
+        if found.get("gold_after") is not None and found.get("gold_before") is not None:
+            change = numbers.signed(found["gold_after"] - found["gold_before"])
+            note = f"{change} against SFT at {numbers.decimal(found['gold_before'])}"
+            add(title, numbers.decimal(found["gold_after"]), "gold score", note)
+        if (rate := found.get("win_rate_vs_sft")) is not None:
+            kl = f"at a KL of {numbers.decimal(found['kl'])} nats" if found.get("kl") is not None else ""
+            add(title, numbers.percent(rate), "of prompts won against SFT", kl)
     return tiles
 
 
-def _tax_tables(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """SFT against RL by kind, once for the gold score and once for exact answers: where RL gains and what it costs."""
-    ppo, base = figures.get("ppo", {}), figures.get("base", {})
-    gold = _versus(ppo.get("gold_by_kind_before"), ppo.get("gold_by_kind_after"), {}, {})
-    if gold and ppo.get("gold_before") is not None and ppo.get("gold_after") is not None:
+def _tax_tables(figures: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """SFT against what a stage made of it, by kind, once for the gold score and once for exact answers: where it gains
+    and what that costs."""
+    found, base = figures.get(name, {}), figures.get("base", {})
+    gold = _versus(found.get("gold_by_kind_before"), found.get("gold_by_kind_after"), {}, {})
+    if gold and found.get("gold_before") is not None and found.get("gold_after") is not None:
         whole = {
             "kind": "all",
-            "before": ppo["gold_before"],
-            "after": ppo["gold_after"],
+            "before": found["gold_before"],
+            "after": found["gold_after"],
             "others": [],
             "asked": None,
             "all": True,
@@ -224,12 +236,13 @@ def _tax_tables(figures: Mapping[str, Any]) -> list[dict[str, Any]]:
     others = {"base chat": base.get("chat_exact"), "base few\u2011shot": base.get("few_shot_exact")}
     others = {title: values for title, values in others.items() if values}
     asked = figures.get("exact_prompts", {})
-    exact = _versus(figures.get("sft", {}).get("heldout_exact"), ppo.get("heldout_exact"), others, asked)
+    exact = _versus(figures.get("sft", {}).get("heldout_exact"), found.get("heldout_exact"), others, asked)
     scores = [row[side] for row in gold for side in ("before", "after")]
-    return [
+    tables = [
         _table("Gold score", gold, min([0.0, *scores]), max([1.0, *scores]), share=False, columns=()),
         _table("Exact answers", exact, 0.0, 1.0, share=True, columns=tuple(others)),
     ]
+    return [table | {"after": TITLES[name]} for table in tables if table["rows"]]
 
 
 def _versus(

@@ -17,7 +17,7 @@ class Counting:
 def ranking(*scored: tuple[int, int]) -> Ranking:
     """Responses as (score, rank), of different lengths."""
     ids = tuple(np.array([9] * n + [score], np.int32) for n, (score, _) in enumerate(scored))
-    return Ranking("x.jsonl:1", "prompt", ids, tuple(rank for _, rank in scored), None)
+    return Ranking("x.jsonl:1", "prompt", ids, ids, tuple(rank for _, rank in scored), None)
 
 
 def test_pairs_are_counted_as_by_hand():

@@ -24,9 +24,9 @@ CONFIG = {
     "pretrain": {"steps": 300, "batch": 32, "context": 128, "optimizer": {"lr": 3e-3}},
     "ppo": {"iterations": 60, "episodes": 48, "kl": {"coef": 0.05}},
 }
-STEPS = {"pretrain": 300, "sft": 200, "reward": 150, "ppo": 120}
-SPEEDS = {"pretrain": 4100.0, "sft": 3600.0, "reward": 5200.0, "ppo": 900.0}
-PEAKS = {"pretrain": 3e-3, "sft": 1e-3, "reward": 5e-4, "ppo": 1.5e-4}
+STEPS = {"pretrain": 300, "sft": 200, "reward": 150, "ppo": 120, "dpo": 100}
+SPEEDS = {"pretrain": 4100.0, "sft": 3600.0, "reward": 5200.0, "ppo": 900.0, "dpo": 4000.0}
+PEAKS = {"pretrain": 3e-3, "sft": 1e-3, "reward": 5e-4, "ppo": 1.5e-4, "dpo": 1e-4}
 RESULTS: dict[str, Any] = {
     "prompts": 192,
     "exact_prompts": {"facts": 12, "sums": 60, "opposites": 20},
@@ -48,9 +48,18 @@ RESULTS: dict[str, Any] = {
             "eos_rate": 1.0,
             "length": 21.4,
             "kl": 0.8,
+            "win_rate_vs_sft": 0.71,
+        },
+        "dpo": {
+            "exact": {"facts": 0.9, "sums": 0.55, "opposites": 1.0},
+            "gold": 0.92,
+            "gold_by_kind": {"facts": 1.2, "stories": 1.1},
+            "eos_rate": 0.99,
+            "length": 19.0,
+            "kl": 1.5,
+            "win_rate_vs_sft": 0.66,
         },
     },
-    "win_rate_vs_sft": 0.71,
     "base_chat_exact": {"facts": 0.0, "sums": 0.0, "opposites": 0.02},
     "reward": {
         "accuracy": 0.877,
@@ -136,7 +145,8 @@ def metric_lines(stage: str) -> list[dict[str, Any]]:
         lines.append(line | {"time": {"seconds": seconds, "tokens_per_second": speed, "wait": 0.004}})
         if step % 25 == 0:
             found = {"nll": line["nll"] * 1.04} if "nll" in line else {"loss": line["loss"]}
-            found |= {"accuracy": line["accuracy"] - 0.01} if "accuracy" in line else {}
+            same = ("accuracy", "rewards/accuracies", "rewards/margins")
+            found |= {name: line[name] - 0.01 for name in same if name in line}
             lines.append({"step": step, "eval": found, "time": {"seconds": seconds}})
     return lines
 
@@ -150,6 +160,15 @@ def stage_metrics(stage: str, share: float, noise: random.Random) -> dict[str, f
     if stage == "reward":
         accuracy = 0.5 + 0.38 * (1 - math.exp(-5 * share)) + 0.04 * noise.gauss(0, 1)
         return {"loss": 0.69 - 0.4 * (1 - math.exp(-5 * share)), "accuracy": min(accuracy, 1.0), "margin": 2.2 * share}
+    if stage == "dpo":
+        margin = 1.5 * share + 0.1 * noise.gauss(0, 1)
+        return {
+            "loss": 0.69 - 0.3 * share,
+            "rewards/chosen": margin - 0.4,
+            "rewards/rejected": -0.4,
+            "rewards/margins": margin,
+            "rewards/accuracies": min(0.5 + 0.4 * share + 0.05 * noise.gauss(0, 1), 1.0),
+        }
     score = 0.9 * (1 - math.exp(-4 * share)) + 0.12 * noise.gauss(0, 1)
     kl = 0.85 * share + 0.05 * noise.random()
     return {

@@ -58,6 +58,19 @@ def test_the_figures_are_those_of_the_run(figures):
     assert figures["config"] == CONFIG
 
 
+def dpo_accuracy() -> float:
+    """The last validation of the run's DPO."""
+    return [line["eval"]["rewards/accuracies"] for line in metric_lines("dpo") if "eval" in line][-1]
+
+
+def test_each_stage_that_follows_sft_is_compared_with_it(figures, page):
+    dpo = figures["dpo"]
+    assert (dpo["gold_before"], dpo["gold_after"], dpo["kl"], dpo["win_rate_vs_sft"]) == (0.64, 0.92, 1.5, 0.66)
+    assert dpo["heldout_accuracy"] == dpo_accuracy() and dpo["heldout_margin"] > 1
+    tiles = re.findall(r'<div class="over">(\w+)</div><b>[^<]*</b><span>(gold score|of prompts won[^<]*)<', page)
+    assert [stage for stage, _ in tiles] == ["PPO", "PPO", "DPO", "DPO"]
+
+
 def test_a_best_step_that_is_not_the_last_is_the_one_described(tmp_path):
     folder = write_run(tmp_path / "run", ("pretrain",), results=False)
     done = json.loads((folder / "pretrain" / "done.json").read_text())
@@ -85,7 +98,8 @@ def test_the_speed_of_ppo_counts_its_rollouts(tmp_path):
 def test_the_kinds_with_most_prompts_are_in_the_headline(page):
     tiles = re.findall(r"<span>exact on held-out (\w+)</span>", page)
     assert tiles == ["sums", "opposites"]
-    table = page[page.index("Exact answers") :]
+    _, table, other = page.split("<h3>Exact answers")
+    assert '<span class="key rl">PPO</span>' in table and '<span class="key rl">DPO</span>' in other
     rows = re.findall(r'<th scope="row">(\w+)</th>\s*<td class="n">(\d+)</td>', table)
     assert rows == [("facts", "12"), ("sums", "60"), ("opposites", "20")]
 
@@ -126,7 +140,7 @@ def test_the_page_is_whole_and_fetches_nothing(page):
     assert all(address.startswith("#") for address in elements.addresses)
     assert not {"link", "img", "iframe", "object", "embed", "use"} & set(elements.names)
     assert not re.search(r"https?:|url\(|@import|//[a-z]+\.", page)
-    assert elements.names.count("svg") == 4 + 4 + 5 + 8
+    assert elements.names.count("svg") == 4 + 4 + 5 + 8 + 6
     targets = set(re.findall(r'id="(\w+)"', page))
     assert {address[1:] for address in elements.addresses} <= targets
 
@@ -223,7 +237,7 @@ def test_numbers_that_are_not_finite_leave_valid_json_and_a_page(tmp_path):
     with (folder / "pretrain" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 301, "loss": NaN, "nll": NaN, "lr": 0.0, "grad_norm": Infinity, "tokens": 5}\n')
     results = json.loads((folder / "evaluate" / "results.json").read_text())
-    results["win_rate_vs_sft"] = float("nan")
+    results["stages"]["ppo"]["win_rate_vs_sft"] = float("nan")
     (folder / "evaluate" / "results.json").write_text(json.dumps(results))
     assert "nan" not in write_report(folder).read_text().lower()
     text = (folder / "report.json").read_text()
@@ -275,6 +289,10 @@ def test_the_table_tells_what_each_stage_came_to(run):
     rows = [re.split(r"\s*│\s*", line)[1:-1] for line in written.getvalue().splitlines() if "│" in line]
     assert [row[0] for row in rows] == list(STEPS)
     assert rows[0][1:3] == ["300", "1.23\u202fM"]
+    assert rows[4][-1] == (
+        f"{percent(dpo_accuracy(), 1)} of held-out pairs right, gold score from 0.64 to 0.92, "
+        "wins 66\u202f% of prompts against SFT, KL 1.50"
+    )
     assert rows[2][-1] == "87.7\u202f% of held-out pairs right"
     assert "gold score from 0.64 to 0.89, wins 71\u202f% of prompts against SFT" in rows[3][-1]
 
