@@ -1,7 +1,7 @@
 """The conventions of reinforcement learning from human feedback, each with the tests that prove it here.
 
 The numbers are those of the checklist that this project keeps: the details in which implementations of RLHF are known
-to differ or to go wrong. A detail is proved by tests, named as pytest names them, or has a sentence why it cannot arise.
+to differ or to go wrong. Tests prove a detail, named as pytest names them, or a sentence says why it cannot arise.
 """
 
 from __future__ import annotations
@@ -216,7 +216,7 @@ DETAILS = (
     ),
     Detail(
         27,
-        "The reward model is the SFT model's trunk and a new head of deviation 1/sqrt(d + 1): its loss begins at log 2.",
+        "The reward model is the SFT model's trunk and a new head of std 1/sqrt(d + 1); its loss begins at log 2.",
         (
             f"{REWARD}::test_the_backbone_is_the_parents_and_the_head_is_new",
             f"{REWARD}::test_the_loss_begins_at_that_of_a_coin_and_falls",
