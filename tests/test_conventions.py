@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
-from jaxgpt.config.schema import Config
+from jaxgpt import advantages, losses
+from jaxgpt.config import schema
 
 TESTS = Path(__file__).parent
 
@@ -470,7 +471,6 @@ PENDING = {
     29: "gain and bias kept with the model: reloaded, on policy samples, before and after training",
     30: "mean score of the demonstrations is 0",
     33: "calibration: ECE below 0.02 and slope 1 on Bradley-Terry data",
-    52: "policy/ratio_gap in the figures of the stage",
     55: "the setting that asks for TensorFlow's form, and its first step",
     57: "the sum of the two gradients, and the pretraining position in the checkpoint",
     58: "running statistics and the pretraining position resume too",
@@ -502,8 +502,19 @@ def test_every_proof_is_a_test_that_exists():
     assert missing == []
 
 
+def test_settings_name_the_forks_as_the_functions_do():
+    pairs = {
+        (schema.KlConfig.model_fields["estimator"].annotation, advantages.KlKind),
+        (schema.MissingEosConfig.model_fields["how"].annotation, advantages.MissingEos),
+        (schema.PpoConfig.model_fields["score_at"].annotation, advantages.Place),
+        (schema.DpoConfig.model_fields["loss"].annotation, losses.DpoKind),
+        (schema.PpoConfig.model_fields["aggregation"].annotation, losses.Aggregation),
+    }
+    assert [(setting, fork) for setting, fork in pairs if get_args(setting) != get_args(fork)] == []
+
+
 def test_fine_tuning_alone_has_dropout():
-    sections = {name: field.annotation for name, field in Config.model_fields.items()}
+    sections = {name: field.annotation for name, field in schema.Config.model_fields.items()}
     assert [name for name, kind in sections.items() if "dropout" in fields_of(kind)] == ["sft"]
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.advantages.kl import KlKind, kl_estimate, unmasked
-from jaxgpt.losses.ratio import Aggregation, Metrics, Ratio, aggregate
+from jaxgpt.losses.ratio import Aggregation, Largest, Metrics, Ratio, aggregate
 
 
 def ppo_policy(
@@ -36,9 +36,10 @@ def ppo_policy(
         norm: of aggregation "fixed-norm", tokens.
 
     Returns:
-        The loss, and metrics with TRL's names. All but the loss are means over the unmasked tokens, whatever the
-        aggregation: "loss/policy_avg"; "policy/clipfrac_avg", the share of tokens whose clipped term is the larger one
-        (as lm-human-preferences counts); "policy/approxkl_avg", k2 = (logp - old_logp)^2 / 2, nats; "val/ratio", rho.
+        The loss, and metrics, with TRL's names where it has them. All but the loss are of the unmasked tokens, whatever
+        the aggregation: "loss/policy_avg"; "policy/clipfrac_avg", the share of tokens whose clipped term is the larger
+        one (as lm-human-preferences counts); "policy/approxkl_avg", the mean of k2 = (logp - old_logp)^2 / 2, nats;
+        "val/ratio", the mean of rho; "policy/ratio_gap", the largest |rho - 1|, see `ratio_gap`.
     """
     advantages_BT = unmasked(jax.lax.stop_gradient(advantages_BT), mask_BT)
     change_BT = unmasked(logp_BT, mask_BT) - unmasked(jax.lax.stop_gradient(old_logp_BT), mask_BT)
@@ -52,14 +53,14 @@ def ppo_policy(
         "policy/clipfrac_avg": Ratio.of((clipped_BT > plain_BT).astype(jnp.float32), mask_BT),
         "policy/approxkl_avg": Ratio.of(0.5 * jnp.square(change_BT), mask_BT),
         "val/ratio": Ratio.of(ratio_BT, mask_BT),
+        "policy/ratio_gap": Largest(ratio_gap(logp_BT, old_logp_BT, mask_BT)),
     }
 
 
 def ratio_gap(logp_BT: jax.Array, old_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """The largest |rho - 1| of any unmasked token, rho = exp(logp - old_logp); float32 [], 0 without a token.
 
-    In the first minibatch after a rollout it says how far sampling and training disagree: below 1e-5 in float32. A
-    maximum is no mean, so it is an array and not a `Ratio`.
+    In the first minibatch after a rollout it says how far sampling and training disagree: below 1e-5 in float32.
     """
     change_BT = unmasked(logp_BT, mask_BT) - unmasked(old_logp_BT, mask_BT)
     return jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.expm1(change_BT))))
