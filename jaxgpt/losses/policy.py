@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxgpt.advantages.kl import KlKind, kl_estimate, unmasked
-from jaxgpt.losses.ratio import Aggregation, Largest, Metrics, Ratio, aggregate
+from jaxgpt.losses.ratio import Aggregation, Metrics, Ratio, aggregate
 
 
 def ppo_policy(
@@ -36,10 +36,9 @@ def ppo_policy(
         norm: of aggregation "fixed-norm", tokens.
 
     Returns:
-        The loss, and metrics, with TRL's names where it has them. All but the loss are of the unmasked tokens, whatever
-        the aggregation: "loss/policy_avg"; "policy/clipfrac_avg", the share of tokens whose clipped term is the larger
-        one (as lm-human-preferences counts); "policy/approxkl_avg", the mean of k2 = (logp - old_logp)^2 / 2, nats;
-        "val/ratio", the mean of rho; "policy/ratio_gap", the largest |rho - 1|, see `ratio_gap`.
+        The loss, and metrics with TRL's names. All but the loss are means over the unmasked tokens, whatever the
+        aggregation: "loss/policy_avg"; "policy/clipfrac_avg", the share of tokens whose clipped term is the larger one
+        (as lm-human-preferences counts); "policy/approxkl_avg", k2 = (logp - old_logp)^2 / 2, nats; "val/ratio", rho.
     """
     advantages_BT = unmasked(jax.lax.stop_gradient(advantages_BT), mask_BT)
     change_BT = unmasked(logp_BT, mask_BT) - unmasked(jax.lax.stop_gradient(old_logp_BT), mask_BT)
@@ -53,7 +52,6 @@ def ppo_policy(
         "policy/clipfrac_avg": Ratio.of((clipped_BT > plain_BT).astype(jnp.float32), mask_BT),
         "policy/approxkl_avg": Ratio.of(0.5 * jnp.square(change_BT), mask_BT),
         "val/ratio": Ratio.of(ratio_BT, mask_BT),
-        "policy/ratio_gap": Largest(ratio_gap(logp_BT, old_logp_BT, mask_BT)),
     }
 
 
