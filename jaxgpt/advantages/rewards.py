@@ -88,8 +88,9 @@ def overlong_penalty(lengths_B: jax.Array, limit: int, buffer: int) -> jax.Array
 
 def _last(mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Index of every position, int32 [T], and of each row's last real token, int32 [B], -1 where there is none."""
-    place_T = jnp.arange(mask_BT.shape[-1], dtype=jnp.int32)
-    return place_T, jnp.max(jnp.where(jnp.asarray(mask_BT).astype(bool), place_T, -1), axis=-1)
+    real_BT = jnp.asarray(mask_BT).astype(bool)
+    place_T = jnp.arange(real_BT.shape[-1], dtype=jnp.int32)
+    return place_T, jnp.max(jnp.where(real_BT, place_T, -1), axis=-1)
 
 
 def _score_place(mask_BT: jax.Array, place: Place) -> jax.Array:
@@ -99,7 +100,7 @@ def _score_place(mask_BT: jax.Array, place: Place) -> jax.Array:
         case "last":
             at_B = last_B
         case "after":
-            at_B = jnp.where(last_B < 0, -1, jnp.minimum(last_B + 1, mask_BT.shape[-1] - 1))
+            at_B = jnp.where(last_B < 0, -1, jnp.minimum(last_B + 1, len(place_T) - 1))
         case _:
             raise ValueError(f"token_rewards: place is {place!r}; it must be 'last' or 'after'")
     return place_T == at_B[..., None]

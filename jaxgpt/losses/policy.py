@@ -58,8 +58,7 @@ def ppo_policy(
 def ratio_gap(logp_BT: jax.Array, old_logp_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
     """The largest |rho - 1| of any unmasked token, rho = exp(logp - old_logp); float32 [], 0 without a token.
 
-    In the first minibatch after a rollout it says how far sampling and training disagree: below 1e-5 in float32. A
-    maximum is no mean, so it is an array and not a `Ratio`.
+    In the first minibatch after a rollout it says how far sampling and training disagree: below 1e-5 in float32.
     """
     change_BT = unmasked(logp_BT, mask_BT) - unmasked(old_logp_BT, mask_BT)
     return jax.lax.stop_gradient(jnp.max(jnp.abs(jnp.expm1(change_BT))))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from jaxgpt.config.schema import Aggregation
 
 
 @struct.dataclass
@@ -65,9 +67,6 @@ class Largest:
 
 
 Metrics = dict[str, Ratio | Largest]
-
-Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-norm"]
-"""How a loss of each token becomes one number; see `aggregate`."""
 
 
 def aggregate(x_BT: jax.Array, mask_BT: jax.Array, how: Aggregation = "token-mean", norm: float | None = None) -> Ratio:

@@ -47,6 +47,15 @@ def test_trained_tokens_are_the_assistants_words_and_their_end(tokenizer: Tokeni
     assert row["tokens"][0] == tokenizer.bos
 
 
+def test_the_end_is_trained_where_it_is_the_padding_too(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    padded = Tokenizer(tokenizer.engine)
+    padded.pad = padded.eos
+    (example,) = load_conversations(write(tmp_path / "a.jsonl", talk("Who?", "I am.")), padded, 64)
+    row = PackedConversations([example], 64)[0]
+    assert row["targets"][row["mask"] == 1].tolist() == [*padded.encode("I am."), padded.pad]
+    assert row["mask"][row["segments"] == 0].sum() == 0
+
+
 def test_three_spellings_of_a_record_are_one_conversation(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(
         tmp_path / "a.jsonl",

@@ -44,7 +44,7 @@ def test_ppo_policy_is_a_loop_over_tokens(how, high):
     metrics = loss(logp)[1]
     assert metrics.keys() == want.keys() and 0.05 < want["policy/clipfrac_avg"] < 0.5
     for name, value in want.items():
-        np.testing.assert_allclose(metrics[name].mean, value, **CLOSE, err_msg=name)
+        np.testing.assert_allclose(metrics[name].reported, value, **CLOSE, err_msg=name)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_masked_positions_may_hold_anything(objective, junk):
     (want, slope), (got, other) = both(*clean), both(*dirty)
     assert got == want
     np.testing.assert_array_equal(slope, other)
-    assert all(np.isfinite(m.mean) for m in objective(*dirty, mask, 0.2)[1].values())
+    assert all(np.isfinite(m.reported) for m in objective(*dirty, mask, 0.2)[1].values())
 
 
 # --- KL as a loss ---------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ def everything(logits, tokens, mask, scores, ranks):
     ]
     terms = [loss.mean for loss, _ in losses]
     terms += [kl_penalty(logp, 1.5 * old, mask).mean, centring(scores, scores > -1.0).mean]
-    figures = [{name: m.mean for name, m in found.items()} for _, found in losses]
+    figures = [{name: m.reported for name, m in found.items()} for _, found in losses]
     return sum(terms, jnp.float32(0.0)), [*figures, {"gap": ratio_gap(logp, old, mask)}]
 
 
