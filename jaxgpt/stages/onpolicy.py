@@ -72,6 +72,7 @@ def on_policy(
     if text is not None:
         check_batch(run.mesh, text.batch // config.accumulate, f"{name}.ptx.batch / {name}.accumulate")
     prompts, start = prompt_rows(run, config, name), run.parent(name)
+    run.check_language(start)
     lm = language_model(run.config.model, run.vocab)
     judged = [run.parent(name, f"reward {n}") for n in range(1, 1 + _reward_models(config))]
     rewards = [(net, _cast(params, config.frozen_dtype)) for net, params in map(run.load_reward, judged)]

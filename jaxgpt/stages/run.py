@@ -115,19 +115,30 @@ class Run:
         net = self.reward_net(init)
         return net, self._load(init, "scalar", net)
 
-    def _load(self, init: str, kind: str, net: Net) -> Params:
+    def check_language(self, init: str) -> None:
+        """Raises UserError where `init` names no finished language model that fits the run; reads no parameters."""
+        self._check(init, "language")
+
+    def _check(self, init: str, kind: str) -> Foreign | Path:
+        """Where finished parameters of a kind lie."""
         if is_foreign(init):
             foreign = Foreign.describe(self.paths(init)[0])
             _check_kind(foreign.path, foreign.kind, kind)
             _check_tokenizer(foreign.path, Tokenizer.load(foreign.path).model_hash, self.tokenizer.model_hash, self)
             if kind == "language":
                 foreign.check_same(self.config.model)
-            return read_params(foreign, net.abstract)
+            return foreign
         folder = result_folder(self.config, init, kind) / "params"
         meta = params_meta(folder)
         _check_kind(folder, meta.get("kind"), kind)
         _check_tokenizer(folder, meta.get("tokenizer"), self.tokenizer.hash, self)
-        return load_params(folder, net.abstract)
+        return folder
+
+    def _load(self, init: str, kind: str, net: Net) -> Params:
+        found = self._check(init, kind)
+        if isinstance(found, Foreign):
+            return read_params(found, net.abstract)
+        return load_params(found, net.abstract)
 
 
 def _check_kind(folder: Path, found: str | None, wanted: str) -> None:
