@@ -16,6 +16,9 @@ from jaxgpt.models.kernels import project
 from jaxgpt.models.net import Net, functional
 from jaxgpt.models.transformer import Backbone
 
+HEAD = ("head_D", "bias")
+"""The parameters of a scalar model that are not its backbone's."""
+
 
 class LanguageModel(nnx.Module):
     """A distribution over the next token."""

@@ -5,6 +5,8 @@ Letters: N layers, I inputs, L rank, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import jax
 import jax.numpy as jnp
 
@@ -25,14 +27,17 @@ WEIGHTS = {
 """The matrix that stands beside the adapter of a target."""
 
 
-def split(params: Params) -> tuple[Params, Params]:
-    """(adapters, all else): two trees that `joined` puts together again. Works on abstract parameters too."""
+def split(params: Params, others: Collection[str] = ()) -> tuple[Params, Params]:
+    """(adapters, all else): two trees that `joined` puts together again. Works on abstract parameters too.
+
+    Arrays of the names in `others` go with the adapters.
+    """
     adapters, base = {}, {}
     for name, part in params.items():
-        if name.startswith(PREFIX):
+        if name.startswith(PREFIX) or name in others:
             adapters[name] = part
         elif isinstance(part, dict):
-            inner = split(part)
+            inner = split(part, others)
             adapters |= {name: inner[0]} if inner[0] else {}
             base |= {name: inner[1]} if inner[1] else {}
         else:

@@ -22,6 +22,7 @@ from jaxgpt.optim import adamw, schedule
 from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
+from jaxgpt.stages.trained import trained
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.state import State
 from jaxgpt.train.step import Batch, Loss
@@ -94,27 +95,29 @@ def load(run: Run, config: RewardConfig) -> tuple[RankingRows, RankingRows | Non
 def stage(run: Run, config: RewardConfig) -> Stage:
     """Reward modelling as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "reward.batch / reward.accumulate")
-    net = scalar_model(run.config.model, run.vocab)
+    plain, init, key = scalar_model(run.config.model, run.vocab), run.parent("reward"), run.key("reward")
+
+    def start() -> Params:
+        fresh = jax.jit(plain.init)(key)
+        return fresh if init == RANDOM else {**fresh, "backbone": run.load_language(init)["backbone"]}
+
+    model = trained(lambda lora: scalar_model(run.config.model, run.vocab, lora), start, config.lora, key)
     rows, test = load(run, config)
     source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
     evaluate = None
     if test is not None:
         fixed = Batches(ordered(test), config.batch, run.hosts)
-        evaluate = mean_of(ranking_loss(net), held_out(fixed, config.eval_batches, run.mesh))
-    init, key = run.parent("reward"), run.key("reward")
-
-    def start() -> Params:
-        fresh = jax.jit(net.init)(key)
-        return fresh if init == RANDOM else {**fresh, "backbone": run.load_language(init)["backbone"]}
+        evaluate = mean_of(ranking_loss(model.net), held_out(fixed, config.eval_batches, run.mesh))
 
     def finish(state: State) -> Params:
-        return normalized(run, net, rows, config.batch, state.params) if config.normalize else state.params
+        params = model.whole(state.params)
+        return normalized(run, plain, rows, config.batch, params) if config.normalize else params
 
     return Stage(
         name="reward",
-        init=start,
-        abstract=net.abstract,
-        loss=ranking_loss(net),
+        init=model.first,
+        abstract=model.abstract,
+        loss=ranking_loss(model.net),
         source=source,
         tx=adamw(config.optimizer, config.steps),
         schedule=schedule(config.optimizer, config.steps),
@@ -122,7 +125,12 @@ def stage(run: Run, config: RewardConfig) -> Stage:
         tokens_per_step=config.batch * config.responses * config.context,
         evaluate=evaluate,
         quality=lambda figures: figures["accuracy"],
+        frozen=model.frozen,
         finish=finish,
-        notes=(f"{len(rows):,} rankings, {config.steps * config.batch / len(rows):.2f} epochs",),
+        beside=lambda state: model.beside(state.params),
+        notes=(
+            *model.notes,
+            f"{len(rows):,} rankings, {config.steps * config.batch / len(rows):.2f} epochs",
+        ),
         close=source.close,
     )

@@ -10,10 +10,12 @@ from jaxgpt.data.conversations import PackedConversations, load_conversations
 from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
+from jaxgpt.models.net import Params
 from jaxgpt.optim import adamw, schedule
 from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import language_loss, lower_nll, mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
+from jaxgpt.stages.trained import trained
 from jaxgpt.train.loop import Drawn, Stage
 from jaxgpt.train.state import State
 
@@ -51,23 +53,27 @@ def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConver
 def stage(run: Run, config: SftConfig) -> Stage:
     """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
-    net = language_model(run.config.model, run.vocab, config.dropout)
+    c, init, key = run.config.model, run.parent("sft"), run.key("sft")
+
+    def start() -> Params:
+        return jax.jit(language_model(c, run.vocab).init)(key) if init == RANDOM else run.load_language(init)
+
+    model = trained(lambda lora: language_model(c, run.vocab, config.dropout, lora), start, config.lora, key)
     rows, test = load(run, config)
     source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
     evaluate = None
     if test is not None:
-        plain = language_model(run.config.model, run.vocab)
+        still = language_model(c, run.vocab, lora=config.lora)  # without dropout
         fixed = Batches(ordered(test), config.batch, run.hosts)
-        evaluate = mean_of(language_loss(plain), held_out(fixed, config.eval_batches, run.mesh))
-    init, key = run.parent("sft"), run.key("sft")
-    notes = [f"{rows.count:,} conversations in {len(rows):,} rows, {rows.efficiency:.1%} filled"]
+        evaluate = mean_of(language_loss(still), held_out(fixed, config.eval_batches, run.mesh))
+    notes = [*model.notes, f"{rows.count:,} conversations in {len(rows):,} rows, {rows.efficiency:.1%} filled"]
     if rows.cut:
         notes.append(f"{rows.cut:,} of them are longer than sft.context={config.context} and lose their end")
     return Stage(
         name="sft",
-        init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
-        abstract=net.abstract,
-        loss=language_loss(net),
+        init=model.first,
+        abstract=model.abstract,
+        loss=language_loss(model.net),
         source=source if config.dropout == 0.0 else WithSeeds(source, config.batch, run.config.seed, run.mesh),
         tx=adamw(config.optimizer, config.steps),
         schedule=schedule(config.optimizer, config.steps),
@@ -75,6 +81,9 @@ def stage(run: Run, config: SftConfig) -> Stage:
         tokens_per_step=config.batch * config.context,
         evaluate=evaluate,
         quality=lower_nll,
+        frozen=model.frozen,
+        finish=lambda state: model.whole(state.params),
+        beside=lambda state: model.beside(state.params),
         notes=tuple(notes),
         close=source.close,
     )

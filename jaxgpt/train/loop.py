@@ -73,6 +73,8 @@ class Stage:
     """Makes or loads parameters that nothing trains; the loss sees them and the trained ones as one tree."""
     finish: Callable[[State], Params] = lambda state: state.params
     """The parameters that are handed on."""
+    beside: Callable[[State], Mapping[str, Params]] = lambda state: {}
+    """Others to keep, each in a folder of its name beside params/."""
     notes: tuple[str, ...] = ()
     """What there is to say of the data before training."""
     close: Callable[[], None] = lambda: None
@@ -98,7 +100,8 @@ class _Stop:
 def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Runs a stage to its end, from its newest checkpoint where there is one; call under `jax.set_mesh`.
 
-    Writes metrics.jsonl, checkpoints/ and, at the end, params/ and done.json (returned). `meta` goes into params/.
+    Writes metrics.jsonl, checkpoints/ and, at the end, params/, what is kept beside it, and done.json (returned).
+    `meta` goes into params/.
     Raises Preempted once the state is saved after SIGTERM or SIGINT.
     """
     checkpoints = Checkpoints(
@@ -263,6 +266,8 @@ def _finite(value: float) -> float | None:
 def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: Mapping[str, Any]) -> dict[str, Any]:
     """Hands on the parameters of `state`, the last one or the best."""
     params = stage.finish(state)
+    for name, others in stage.beside(state).items():
+        save_params(folder / name, others, {**meta, "kind": name})
     done = {
         "step": int(state.step),
         "trained": stage.steps,
