@@ -27,6 +27,7 @@ class Detail(NamedTuple):
 CHAT, TALKS, RANKINGS = "data/test_chat.py", "data/test_conversations.py", "data/test_rankings.py"
 MODEL, SAMPLING, OPTIM = "models/test_transformer.py", "test_sampling.py", "test_optim.py"
 REWARD, ROLLOUTS, PPO = "stages/test_reward.py", "stages/test_rollouts.py", "stages/test_ppo.py"
+FORKS, GROUPS = "stages/test_ppo_forks.py", "stages/test_groups.py"
 POLICY, PAIRS, DPO = (f"losses/test_losses_{name}.py" for name in ("policy", "rankings", "preference"))
 KL, SHAPING, GAE = (f"advantages/test_advantages_{name}.py" for name in ("kl", "rewards", "estimates"))
 
@@ -162,6 +163,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_truncation_keeps_the_first_stop_token_at_or_after_a_place_and_nothing_behind",
             f"{SHAPING}::test_what_follows_the_stop_changes_no_truncation",
+            f"{FORKS}::test_an_end_counts_from_a_token_on",
             f"{ROLLOUTS}::test_what_stands_behind_the_end_changes_nothing",
         ),
     ),
@@ -294,6 +296,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_missing_end_is_replaced_before_the_penalty",
             f"{SHAPING}::test_the_score_of_a_response_without_an_end",
+            f"{GROUPS}::test_the_rule_for_missing_ends_and_the_clip_come_before_what_is_learned",
             f"{ROLLOUTS}::test_the_score_is_that_of_the_unpadded_text_at_its_last_token",
         ),
     ),
@@ -428,7 +431,14 @@ DETAILS = (
             f"{PPO}::test_the_learning_rate_falls_by_rollouts",
         ),
     ),
-    Detail(57, "The gradient of PPO-ptx is PPO's plus gamma times the pretraining loss's.", ()),
+    Detail(
+        57,
+        "The gradient of PPO-ptx is PPO's plus gamma times that of pretraining rows, which are a function of the step.",
+        (
+            f"{FORKS}::test_the_gradient_of_ppo_ptx_is_that_of_ppo_and_27_8_times_that_of_the_text",
+            f"{FORKS}::test_the_update_of_ppo_ptx_does_not_depend_on_how_it_is_cut",
+        ),
+    ),
     Detail(
         58,
         "A run cut anywhere goes on bit for bit.",
@@ -458,7 +468,10 @@ DETAILS = (
     Detail(
         "rloo",
         "Leave-one-out advantages sum to 0 in each group.",
-        (f"{GAE}::test_leave_one_out_is_a_loop_over_the_others_and_sums_to_zero",),
+        (
+            f"{GAE}::test_leave_one_out_is_a_loop_over_the_others_and_sums_to_zero",
+            f"{GROUPS}::test_rloo_takes_the_kl_into_the_reward_and_the_others_as_baseline",
+        ),
     ),
     Detail("bradley-terry", "Ratings of the published example of the Bradley-Terry model are its own.", ()),
     Detail("best-of-n", "Best of n is log n - (n - 1)/n nats from the policy.", ()),
@@ -466,14 +479,12 @@ DETAILS = (
 )
 
 PENDING = {
-    20: "the setting of the rollout that cuts at a stop token after n tokens, and that the reward model sees no more",
     28: "one epoch as the default of reward models, and a rate that ends with it",
     29: "gain and bias kept with the model: reloaded, on policy samples, before and after training",
     30: "mean score of the demonstrations is 0",
     33: "calibration: ECE below 0.02 and slope 1 on Bradley-Terry data",
-    55: "the setting that asks for TensorFlow's form, and its first step",
-    57: "the sum of the two gradients, and the pretraining position in the checkpoint",
-    58: "running statistics and the pretraining position resume too",
+    55: "the first step of TensorFlow's form",
+    58: "a run with pretraining rows, an averaged policy and an adaptive coefficient, cut and gone on with",
     "bradley-terry": "the arena's ratings: 0.640, 1.043, 0.660, 2.270",
     "best-of-n": "1.835 nats for n = 16, in the evaluation",
     "pass@k": "a table of small counts, in the evaluation",
