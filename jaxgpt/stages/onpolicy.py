@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,7 +18,7 @@ from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
 from jaxgpt.mesh import check_batch
-from jaxgpt.models.heads import language_model, scalar_model
+from jaxgpt.models.heads import HEAD, language_model, scalar_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import average_of, decayed, schedule
@@ -25,6 +26,7 @@ from jaxgpt.stages.episodes import Actors, Critic
 from jaxgpt.stages.judge import Judge
 from jaxgpt.stages.rollouts import Estimate, Rollouts
 from jaxgpt.stages.run import Run
+from jaxgpt.stages.trained import Trained, trained
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.state import State
 from jaxgpt.train.step import Batch, Loss
@@ -73,31 +75,48 @@ def on_policy(
         check_batch(run.mesh, text.batch // config.accumulate, f"{name}.ptx.batch / {name}.accumulate")
     prompts, start = prompt_rows(run, config, name), run.parent(name)
     run.check_language(start)
-    lm = language_model(run.config.model, run.vocab)
+    plain = language_model(run.config.model, run.vocab)
+    policy = trained(
+        lambda lora: language_model(run.config.model, run.vocab, lora=lora),
+        lambda: run.load_language(start),
+        config.lora,
+        run.key(f"{name} policy"),
+    )
     judged = [run.parent(name, f"reward {n}") for n in range(1, 1 + _reward_models(config))]
     rewards = [(net, _cast(params, config.frozen_dtype)) for net, params in map(run.load_reward, judged)]
     critic = _Value(run, config, start, judged) if isinstance(config, PpoConfig) else None
     actors = Actors(
-        policy=lm,
-        reference=lm if reference else None,
+        policy=policy.net,
+        reference=plain if reference else None,
         critic=None if critic is None else critic.critic,
         prompt=config.prompt_length,
         temperature=config.temperature,
     )
+    models = {"policy": policy} if critic is None else {"policy": policy, "value": critic.model}
 
-    def init() -> dict[str, Params]:
-        policy = {"policy": run.load_language(start)}
-        return policy if critic is None else {**policy, "value": critic.init()}
+    def untrained() -> dict[str, Params]:
+        return {part: model.frozen() for part, model in models.items()} if config.lora is not None else {}
 
-    def frozen() -> dict[str, Params]:
-        return {"reference": _cast(run.load_language(start), config.frozen_dtype)} if reference else {}
+    @functools.cache
+    def beside() -> dict[str, Params]:
+        """What rollouts need more: the reference, which is the policy without its adapters where it has some."""
+        if not reference:
+            return untrained()
+        if config.lora is not None:
+            return {**untrained(), "reference": policy.frozen()}
+        return {"reference": _cast(run.load_language(start), config.frozen_dtype)}
+
+    def handed_on(state: State) -> Params:
+        """The policy's parameters, or their average."""
+        average = isinstance(config, PpoConfig) and config.ema is not None
+        return average_of(state.opt, "policy") if average else state.params["policy"]
 
     rollouts = Rollouts(
         config=config,
         actors=actors,
         judge=Judge(config, rewards, prompts, run.tokenizer, name),
         estimate=estimate,
-        frozen=frozen,
+        frozen=beside,
         prompts=prompts,
         draws=single(prompts, run.config.seed),
         mesh=run.mesh,
@@ -109,11 +128,12 @@ def on_policy(
         limit=config.stop_kl if isinstance(config, PpoConfig) and config.stop_kl is not None else math.inf,
         text=text,
     )
-    abstract = {"policy": lm.abstract} if critic is None else {"policy": lm.abstract, "value": critic.abstract}
+    abstract = {part: model.abstract for part, model in models.items()}
     return Stage(
         name=name,
-        init=init,
+        init=lambda: {part: model.first() for part, model in models.items()},
         abstract=abstract,
+        frozen=untrained,
         loss=loss(actors),
         source=rollouts,
         tx=tx,
@@ -122,39 +142,46 @@ def on_policy(
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
         boundary=lambda step: step % config.updates_per_rollout == 0,
         extras={"kl_coef": config.kl.coef},
-        finish=_finish(config),
+        finish=lambda state: policy.whole(handed_on(state)),
+        beside=lambda state: policy.beside(handed_on(state)),
         notes=(
+            *policy.notes,
             f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes, "
             f"{config.updates_per_rollout} updates each",
-            _memory(run, config, abstract, lm if reference else None, [net for net, _ in rewards]),
+            _memory(run, config, models, plain if reference else None, [net for net, _ in rewards]),
         ),
     )
 
 
 class _Value:
-    """PPO's critic: its computation and first parameters."""
+    """PPO's critic: its computation, and what of it is trained."""
 
     def __init__(self, run: Run, config: PpoConfig, start: str, judged: list[str]):
         self._run, self._start = run, start
-        self._plain = scalar_model(run.config.model, run.vocab)
+        plain = scalar_model(run.config.model, run.vocab)
         self._from = config.critic_init or (judged[0] if judged else None)
-        self._shared = config.critic == "shared"
-        self._net = self._plain if self._from is None else run.reward_net(self._from)
-        self.critic = Critic(None if self._shared else self._net)
-        heads = {leaf: self._plain.abstract[leaf] for leaf in ("head_D", "bias")}
-        self.abstract: Params = heads if self._shared else self._net.abstract
+        self._heads: Params = {leaf: plain.abstract[leaf] for leaf in HEAD}
+        if config.critic == "shared":
+            self.critic = Critic(None)
+            self.model = Trained(plain, self._zeros, self._heads, dict, lambda params: params, lambda params: {})
+            return
+        make, load = (lambda lora: scalar_model(run.config.model, run.vocab, lora)), self._on_trunk
+        if self._from is not None:
+            source = self._from
+            make, load = (lambda lora: run.reward_net(source, lora)), (lambda: run.load_reward(source)[1])
+        self.model = trained(make, load, config.lora, run.key("critic"))
+        self.critic = Critic(self.model.net)
 
-    def init(self) -> Params:
-        """A reward model, or zeros on a trunk that is there: values begin as 0 (lm-human-preferences)."""
+    def _zeros(self) -> Params:
+        """A head whose values are 0 (lm-human-preferences)."""
         mesh = jax.sharding.get_mesh()
-        if not self._shared and self._from is not None:
-            return self._run.load_reward(self._from)[1]
-        heads = {
+        return {
             leaf: jnp.zeros(like.shape, like.dtype, device=NamedSharding(mesh, like.sharding.spec))
-            for leaf, like in self._plain.abstract.items()
-            if leaf in ("head_D", "bias")
+            for leaf, like in self._heads.items()
         }
-        return heads if self._shared else {**heads, "backbone": self._run.load_language(self._start)["backbone"]}
+
+    def _on_trunk(self) -> Params:
+        return {**self._zeros(), "backbone": self._run.load_language(self._start)["backbone"]}
 
 
 def _reward_models(config: RolloutConfig) -> int:
@@ -168,12 +195,6 @@ def _cast(params: Params, dtype: str) -> Params:
     )
 
 
-def _finish(config: RolloutConfig) -> Callable[[State], Params]:
-    if isinstance(config, PpoConfig) and config.ema is not None:
-        return lambda state: average_of(state.opt, "policy")
-    return lambda state: state.params["policy"]
-
-
 def _bytes(tree: Any, size: int | None = None) -> int:
     """Bytes of one device's part of a tree of arrays or shapes; `size` is that of an element, unset for its own."""
     total = 0
@@ -184,14 +205,19 @@ def _bytes(tree: Any, size: int | None = None) -> int:
     return total
 
 
-def _memory(run: Run, config: RolloutConfig, trained: Params, reference: Net | None, rewards: list[Net]) -> str:
+def _memory(
+    run: Run, config: RolloutConfig, models: Mapping[str, Trained], reference: Net | None, rewards: list[Net]
+) -> str:
     """What the models take on each device: of what is trained parameters, gradients and both moments of Adam."""
     kept = 2 if config.frozen_dtype == "bfloat16" else 4
-    parts = {part: 4 * _bytes(tree) for part, tree in trained.items()}
-    if isinstance(config, PpoConfig) and config.ema is not None:
-        parts["policy"] += _bytes(trained["policy"])
-    if reference is not None:
+    parts = {part: 4 * _bytes(model.abstract) for part, model in models.items()}
+    if config.lora is not None:  # a base that is not trained, and is the reference as well
+        apart = ("policy", "value") if isinstance(config, PpoConfig) and config.critic == "separate" else ("policy",)
+        parts |= {part: parts[part] + _bytes(models[part].net.abstract) for part in apart}
+    elif reference is not None:
         parts["reference"] = _bytes(reference.abstract, kept)
+    if isinstance(config, PpoConfig) and config.ema is not None:
+        parts["policy"] += _bytes(models["policy"].abstract)
     if rewards:
         parts["reward"] = sum(_bytes(net.abstract, kept) for net in rewards)
     c, rows = run.config.model, config.rollout_batch or config.episodes

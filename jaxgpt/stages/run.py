@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from jaxgpt.config.schema import Config, ModelConfig
+from jaxgpt.config.schema import Config, LoraConfig, ModelConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -96,7 +96,7 @@ class Run:
         """A finished language model's parameters, on the mesh."""
         return self._load(init, "language", language_model(self.config.model, self.vocab))
 
-    def reward_net(self, init: str) -> Net:
+    def reward_net(self, init: str, lora: LoraConfig | None = None) -> Net:
         """A finished reward model's computation; it may be of another size than the run's model."""
         if is_foreign(init):
             model = Foreign.describe(self.paths(init)[0]).model
@@ -108,7 +108,7 @@ class Run:
             _check_kind(folder, meta.get("kind"), "scalar")
             model, vocab = ModelConfig.model_validate(meta["model"]), int(meta["vocab"])
         check_model(self.mesh, model, vocab)
-        return scalar_model(model, vocab)
+        return scalar_model(model, vocab, lora)
 
     def load_reward(self, init: str) -> tuple[Net, Params]:
         """A finished reward model: its computation, and its parameters on the mesh."""

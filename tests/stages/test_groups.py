@@ -32,7 +32,7 @@ def scores(equal: bool = False) -> np.ndarray:
 
 
 def learned(settings, estimate, given, score, coef=0.3):
-    mesh = mesh_of(2, 2, 2)
+    mesh = mesh_of(2, 1, 2)
     with jax.set_mesh(mesh):
         batch = put_batch({**given, "score": score}, mesh)
         total = {"total": batch.pop("score")}

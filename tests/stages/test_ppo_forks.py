@@ -5,6 +5,7 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 from rich.console import Console
 from small_run import config, finished, first_state, mesh_of, open_run
@@ -59,7 +60,8 @@ def test_the_gradient_of_ppo_ptx_is_that_of_ppo_and_27_8_times_that_of_the_text(
         text = jax.jit(jax.grad(lambda params: text_loss(params, drawn.batch["ptx"])[0].mean))
         text = jax.device_get(text(state.params["policy"]))
         expected = jax.tree.map(lambda p, t: p + 27.8 * t, policy["policy"], text)
-        close(whole["policy"], expected, rtol=1e-4, atol=1e-6)
+        apart = jax.tree.map(lambda a, b: a - b, whole["policy"], expected)
+        assert float(optax.tree.norm(apart) / optax.tree.norm(expected)) < 1e-6
         close(whole["value"], policy["value"], rtol=1e-5, atol=1e-7)
         later, again = both.source(1, state).batch["ptx"], both.source(1, state).batch["ptx"]
         assert np.array_equal(later["tokens"], again["tokens"])  # the text is a function of the step: it resumes
