@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
 
-from jaxgpt.config.schema import ModelReward, PpoConfig, RolloutConfig
+from jaxgpt.config.schema import PpoConfig, RolloutConfig
 from jaxgpt.data.mixture import Batches, single
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
 from jaxgpt.mesh import check_batch
-from jaxgpt.models.heads import HEAD, language_model, scalar_model
-from jaxgpt.models.net import Net, Params
-from jaxgpt.models.transformer import compute_dtype
-from jaxgpt.optim import average_of, decayed, schedule
-from jaxgpt.stages.episodes import Actors, Critic
+from jaxgpt.optim import schedule
+from jaxgpt.stages.episodes import Actors
 from jaxgpt.stages.judge import Judge
+from jaxgpt.stages.roles import Roles
 from jaxgpt.stages.rollouts import Estimate, Rollouts
 from jaxgpt.stages.run import Run
-from jaxgpt.stages.trained import Trained, trained
 from jaxgpt.train.loop import Stage
-from jaxgpt.train.state import State
 from jaxgpt.train.step import Batch, Loss
 
 Drift = Callable[[Mapping[str, Any], Batch], jax.Array]
@@ -73,50 +66,15 @@ def on_policy(
     check_batch(run.mesh, config.rollout_batch or config.episodes, f"{name}.rollout_batch")
     if text is not None:
         check_batch(run.mesh, text.batch // config.accumulate, f"{name}.ptx.batch / {name}.accumulate")
-    prompts, start = prompt_rows(run, config, name), run.parent(name)
-    run.check_language(start)
-    plain = language_model(run.config.model, run.vocab)
-    policy = trained(
-        lambda lora: language_model(run.config.model, run.vocab, lora=lora),
-        lambda: run.load_language(start),
-        config.lora,
-        run.key(f"{name} policy"),
-    )
-    judged = [run.parent(name, f"reward {n}") for n in range(1, 1 + _reward_models(config))]
-    rewards = [(net, _cast(params, config.frozen_dtype)) for net, params in map(run.load_reward, judged)]
-    critic = _Value(run, config, start, judged) if isinstance(config, PpoConfig) else None
-    actors = Actors(
-        policy=policy.net,
-        reference=plain if reference else None,
-        critic=None if critic is None else critic.critic,
-        prompt=config.prompt_length,
-        temperature=config.temperature,
-    )
-    models = {"policy": policy} if critic is None else {"policy": policy, "value": critic.model}
-
-    def untrained() -> dict[str, Params]:
-        return {part: model.frozen() for part, model in models.items()} if config.lora is not None else {}
-
-    @functools.cache
-    def beside() -> dict[str, Params]:
-        """What rollouts need more: the reference, which is the policy without its adapters where it has some."""
-        if not reference:
-            return untrained()
-        if config.lora is not None:
-            return {**untrained(), "reference": policy.frozen()}
-        return {"reference": _cast(run.load_language(start), config.frozen_dtype)}
-
-    def handed_on(state: State) -> Params:
-        """The policy's parameters, or their average."""
-        average = isinstance(config, PpoConfig) and config.ema is not None
-        return average_of(state.opt, "policy") if average else state.params["policy"]
-
+    prompts = prompt_rows(run, config, name)
+    roles = Roles(run, config, name, reference)
+    actors = roles.actors
     rollouts = Rollouts(
         config=config,
         actors=actors,
-        judge=Judge(config, rewards, prompts, run.tokenizer, name),
+        judge=Judge(config, roles.rewards, prompts, run.tokenizer, name),
         estimate=estimate,
-        frozen=beside,
+        frozen=roles.beside,
         prompts=prompts,
         draws=single(prompts, run.config.seed),
         mesh=run.mesh,
@@ -128,12 +86,11 @@ def on_policy(
         limit=config.stop_kl if isinstance(config, PpoConfig) and config.stop_kl is not None else math.inf,
         text=text,
     )
-    abstract = {part: model.abstract for part, model in models.items()}
     return Stage(
         name=name,
-        init=lambda: {part: model.first() for part, model in models.items()},
-        abstract=abstract,
-        frozen=untrained,
+        init=lambda: {part: model.first() for part, model in roles.models.items()},
+        abstract={part: model.abstract for part, model in roles.models.items()},
+        frozen=roles.untrained,
         loss=loss(actors),
         source=rollouts,
         tx=tx,
@@ -142,88 +99,12 @@ def on_policy(
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
         boundary=lambda step: step % config.updates_per_rollout == 0,
         extras={"kl_coef": config.kl.coef},
-        finish=lambda state: policy.whole(handed_on(state)),
-        beside=lambda state: policy.beside(handed_on(state)),
+        finish=lambda state: roles.policy.whole(roles.handed_on(state)),
+        beside=lambda state: roles.policy.beside(roles.handed_on(state)),
         notes=(
-            *policy.notes,
+            *roles.policy.notes,
             f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes, "
             f"{config.updates_per_rollout} updates each",
-            _memory(run, config, models, plain if reference else None, [net for net, _ in rewards]),
+            roles.memory(),
         ),
     )
-
-
-class _Value:
-    """PPO's critic: its computation, and what of it is trained."""
-
-    def __init__(self, run: Run, config: PpoConfig, start: str, judged: list[str]):
-        self._run, self._start = run, start
-        plain = scalar_model(run.config.model, run.vocab)
-        self._from = config.critic_init or (judged[0] if judged else None)
-        self._heads: Params = {leaf: plain.abstract[leaf] for leaf in HEAD}
-        if config.critic == "shared":
-            self.critic = Critic(None)
-            self.model = Trained(plain, self._zeros, self._heads, dict, lambda params: params, lambda params: {})
-            return
-        make, load = (lambda lora: scalar_model(run.config.model, run.vocab, lora)), self._on_trunk
-        if self._from is not None:
-            source = self._from
-            make, load = (lambda lora: run.reward_net(source, lora)), (lambda: run.load_reward(source)[1])
-        self.model = trained(make, load, config.lora, run.key("critic"))
-        self.critic = Critic(self.model.net)
-
-    def _zeros(self) -> Params:
-        """A head whose values are 0 (lm-human-preferences)."""
-        mesh = jax.sharding.get_mesh()
-        return {
-            leaf: jnp.zeros(like.shape, like.dtype, device=NamedSharding(mesh, like.sharding.spec))
-            for leaf, like in self._heads.items()
-        }
-
-    def _on_trunk(self) -> Params:
-        return {**self._zeros(), "backbone": self._run.load_language(self._start)["backbone"]}
-
-
-def _reward_models(config: RolloutConfig) -> int:
-    return sum(len(term.folders) for term in config.rewards if isinstance(term, ModelReward))
-
-
-def _cast(params: Params, dtype: str) -> Params:
-    """Matrices in another type; scales and offsets stay as they are, and so does the head."""
-    return jax.tree.map(
-        lambda leaf, matrix: leaf.astype(dtype) if matrix and leaf.ndim > 1 else leaf, params, decayed(params)
-    )
-
-
-def _bytes(tree: Any, size: int | None = None) -> int:
-    """Bytes of one device's part of a tree of arrays or shapes; `size` is that of an element, unset for its own."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        spec = jax.sharding.get_abstract_mesh()
-        ways = math.prod(spec.shape[axis] for axis in jax.tree.leaves(tuple(leaf.sharding.spec)) if axis is not None)
-        total += leaf.size * (size or leaf.dtype.itemsize) // ways
-    return total
-
-
-def _memory(
-    run: Run, config: RolloutConfig, models: Mapping[str, Trained], reference: Net | None, rewards: list[Net]
-) -> str:
-    """What the models take on each device: of what is trained parameters, gradients and both moments of Adam."""
-    kept = 2 if config.frozen_dtype == "bfloat16" else 4
-    parts = {part: 4 * _bytes(model.abstract) for part, model in models.items()}
-    if config.lora is not None:  # a base that is not trained, and is the reference as well
-        apart = ("policy", "value") if isinstance(config, PpoConfig) and config.critic == "separate" else ("policy",)
-        parts |= {part: parts[part] + _bytes(models[part].net.abstract) for part in apart}
-    elif reference is not None:
-        parts["reference"] = _bytes(reference.abstract, kept)
-    if isinstance(config, PpoConfig) and config.ema is not None:
-        parts["policy"] += _bytes(models["policy"].abstract)
-    if rewards:
-        parts["reward"] = sum(_bytes(net.abstract, kept) for net in rewards)
-    c, rows = run.config.model, config.rollout_batch or config.episodes
-    ways = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    heads = c.kv_heads // run.mesh.shape["tensor"] if c.kv_heads > 1 else 1
-    slots = config.prompt_length + config.response_length
-    parts["cache"] = 2 * c.layers * (rows // ways) * heads * slots * c.head_dim * compute_dtype(c).itemsize
-    shown = ", ".join(f"{part} {size / 2**20:,.1f}" for part, size in parts.items())
-    return f"memory a device, MiB: {shown}; in all {sum(parts.values()) / 2**20:,.1f} and activations"

@@ -81,5 +81,5 @@ def test_the_reward_is_the_weighted_sum_and_text_is_judged_without_its_end_token
 
 
 def test_a_grader_that_gives_no_number_is_told_with_the_prompt(home, mesh, judge_module):
-    with pytest.raises(UserError, match=r"prompts.jsonl:\d+: .*nan"):
+    with pytest.raises(UserError, match=r"prompts.jsonl:\d+: .*my_judges:lost gave NaN"):
         judged(home, mesh, [{"type": "function", "function": "my_judges:lost"}])

@@ -61,7 +61,7 @@ def test_the_gradient_of_ppo_ptx_is_that_of_ppo_and_27_8_times_that_of_the_text(
         text = jax.device_get(text(state.params["policy"]))
         expected = jax.tree.map(lambda p, t: p + 27.8 * t, policy["policy"], text)
         apart = jax.tree.map(lambda a, b: a - b, whole["policy"], expected)
-        assert float(optax.tree.norm(apart) / optax.tree.norm(expected)) < 1e-6
+        assert float(optax.tree.norm(apart) / optax.tree.norm(expected)) < 1e-5
         close(whole["value"], policy["value"], rtol=1e-5, atol=1e-7)
         later, again = both.source(1, state).batch["ptx"], both.source(1, state).batch["ptx"]
         assert np.array_equal(later["tokens"], again["tokens"])  # the text is a function of the step: it resumes
@@ -117,7 +117,8 @@ def test_the_critic_is_trained_alone_at_first(home, mesh):
             state, _ = step(state.replace(extras=drawn.extras), drawn.batch, {})
         close(jax.device_get(state.params["policy"]), start["policy"], rtol=0, atol=0)
         assert np.abs(np.asarray(state.params["value"]["head_D"]) - start["value"]["head_D"]).max() > 1e-3
-        state, _ = step(state.replace(extras=drawn.extras), stage.source(4, state).batch, {})
+        drawn = stage.source(4, state)
+        state, _ = step(state.replace(extras=drawn.extras), drawn.batch, {})
         moved = np.asarray(state.params["policy"]["backbone"]["embed_VD"]) - start["policy"]["backbone"]["embed_VD"]
         assert np.abs(moved).max() > 1e-4
 
