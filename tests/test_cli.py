@@ -68,7 +68,7 @@ def test_a_mistake_is_answered_without_jax():
         (["sft", "run.yaml"], "sft: not set in run.yaml; add the section 'sft:', or sft={} for its defaults"),
         (
             ["prepare", "run.yaml"],
-            "prepare: not set in run.yaml; add the section 'prepare:', or prepare.type=meadow for its defaults",
+            "prepare: not set in run.yaml; add the section 'prepare:', or prepare.type=meadow for",
         ),
         (["eval", "run.yaml"], "evaluate: not set in run.yaml; add the section 'evaluate:'"),
         (["report", "runs/medow"], "runs/medow: no such folder. Did you mean 'runs/meadow'?"),

@@ -344,7 +344,7 @@ class ArithmeticConfig(Section):
     instructions: Count = 6_000
     """Prompt/response pairs for fine-tuning."""
     at_once: Share = 0.6
-    """Share of them that give the answer without working it out."""
+    """Share of them that give the answer without working it out; of the stories half as many."""
     careless: Share = 0.15
     """Share of them that are worked out with a slip, unfinished, or with another number at the end."""
     prompts: Count = 6_000

@@ -44,10 +44,11 @@ def records(config: ArithmeticConfig) -> dict[str, Iterable[Json]]:
 
 
 def _demonstration(rng: Random, problem: Problem, config: ArithmeticConfig) -> str:
+    quick = config.at_once / 2 if problem.kind == "stories" else config.at_once
     style = rng.random()
-    if style < config.at_once:
+    if style < quick:
         return at_once(problem)
-    return careless(rng, problem) if style < config.at_once + config.careless else worked(problem)
+    return careless(rng, problem) if style < quick + config.careless else worked(problem)
 
 
 def _talk(problem: Problem, response: str) -> Json:
