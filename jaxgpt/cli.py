@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jaxgpt.config.describe import describe, explain, json_schema
+from jaxgpt.config.fields import annotations, filled
 from jaxgpt.config.load import Loaded, load
 from jaxgpt.config.options import (
     Export,
@@ -98,7 +99,8 @@ def _pipeline(name: str, words: list[str]) -> int:
     loaded = _load(name, words)
     needs = VERBS[name].needs
     if needs is not None and getattr(loaded.config, needs) is None:
-        raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {needs}={{}} for its defaults")
+        defaults = filled(needs, annotations(Config)[needs])
+        raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {defaults} for its defaults")
     check_ready(name, loaded)
     from jaxgpt.pipeline import run_verb
 

@@ -80,10 +80,11 @@ def check_records(terms: Iterable[Reward], rows: PromptRows, setting: str) -> No
             load_scorer(term.function, f"{place}.function")
         elif isinstance(term, ExactReward | NumberReward):
             for where, record in zip(rows.wheres, rows.records, strict=True):
-                _check(term, place, where, record)
+                check_record(term, place, where, record)
 
 
-def _check(term: ExactReward | NumberReward, setting: str, where: str, record: Record) -> None:
+def check_record(term: ExactReward | NumberReward, setting: str, where: str, record: Record) -> None:
+    """Raises UserError naming `where` ("file:line") and the key where a record has no answer that a term can use."""
     key, needs = term.field, f"{setting} (type {term.type}) compares with it"
     if key not in record:
         known = ", ".join(f'"{name}"' for name in sorted(record))

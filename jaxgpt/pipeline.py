@@ -23,13 +23,13 @@ from rich.console import Console
 from jaxgpt.api import keep_compiled
 from jaxgpt.config.load import ConfigError, dump
 from jaxgpt.config.schema import Config, StageConfig
-from jaxgpt.data.meadow import is_current as is_current_world
-from jaxgpt.data.meadow import write_world
 from jaxgpt.data.records import file_hash, read_fields, read_texts
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.data.tokenizer_folder import tokenizer_files
 from jaxgpt.data.tokens import is_current, write_tokens
+from jaxgpt.data.worlds import is_current as is_current_world
+from jaxgpt.data.worlds import write_world
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.suite import Suite, read_prompts
 from jaxgpt.graders import load_scorer

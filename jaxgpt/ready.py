@@ -13,9 +13,9 @@ from pathlib import Path
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
 from jaxgpt.config.schema import Config, PpoConfig, RolloutConfig
-from jaxgpt.data.meadow.write import FILES
 from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
+from jaxgpt.data.worlds import world_files
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.runs import STAGES, reads_text, resolved, run_folder
 
@@ -135,7 +135,8 @@ def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, P
 def _missing(loaded: Loaded, needed: dict[str, Paths], prepares: bool) -> Iterator[str]:
     """Files that are not there, and that `prepare` will not make."""
     config = loaded.config
-    made = [str(run_folder(config) / "data" / name) for name in FILES] if prepares and config.prepare else []
+    names = world_files(config.prepare) if prepares and config.prepare is not None else ()
+    made = [str(run_folder(config) / "data" / name) for name in names]
     for setting, given in needed.items():
         for path in resolved(config, given):
             if fnmatch.filter(made, os.path.normpath(path)):

@@ -66,6 +66,10 @@ def test_a_mistake_is_answered_without_jax():
         (["run", "rnu.yaml"], "rnu.yaml: no such file or directory. Did you mean 'run.yaml'?"),
         (["run", "run.yaml", "steps"], "'steps': expected key.path=value, as in 'sft.steps=100'"),
         (["sft", "run.yaml"], "sft: not set in run.yaml; add the section 'sft:', or sft={} for its defaults"),
+        (
+            ["prepare", "run.yaml"],
+            "prepare: not set in run.yaml; add the section 'prepare:', or prepare.type=meadow for",
+        ),
         (["eval", "run.yaml"], "evaluate: not set in run.yaml; add the section 'evaluate:'"),
         (["report", "runs/medow"], "runs/medow: no such folder. Did you mean 'runs/meadow'?"),
         (

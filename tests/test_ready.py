@@ -10,7 +10,7 @@ from jaxgpt.config.load import ConfigError, load
 from jaxgpt.ready import check_ready
 
 RUN = """name: a
-prepare: {documents: 100}
+prepare: {type: meadow, documents: 100}
 model: {context: 64}
 tokenizer:
   path_text: "{run}/data/text/*.jsonl"
@@ -43,6 +43,13 @@ def problems(verb: str, *words: str) -> list[str]:
 )
 def test_files_that_prepare_will_make_need_not_be_there(verb):
     assert problems(verb) == []
+
+
+def test_each_world_has_files_of_its_own():
+    lacking = problems("run", "prepare={type: arithmetic}")
+    settings = ("tokenizer.path_text", "data.path", "reward.data.path", "reward.data.eval_path")
+    assert [line.partition(" ")[0] for line in lacking] == [*settings]
+    assert problems("sft", "prepare={type: arithmetic}", "tokenizer.path_text={run}/data/text.jsonl") == []
 
 
 def test_every_mistake_is_told_at_once_with_where_it_was_set():

@@ -34,8 +34,9 @@ def _section(setting: Setting) -> list[str]:
         own = choices[0].__doc__ or ""
         docs = [own] if docs[0].rstrip(".").lower() in own.lower() else [*docs, own]
     if setting.info.default is None:
-        filled = not any(info.is_required() for choice in choices for info in choice.model_fields.values())
-        docs.append(f"Absent unless set{f'; {setting.path}={{}} takes the defaults' if filled else ''}.")
+        whole = not any(info.is_required() for choice in choices for info in choice.model_fields.values())
+        how = f"; {fields.filled(setting.path, setting.annotation)} takes the defaults" if whole else ""
+        docs.append(f"Absent unless set{how}.")
     return ["", setting.path, f"    {' '.join(' '.join(doc.split()) for doc in docs if doc)}"]
 
 

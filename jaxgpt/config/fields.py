@@ -86,6 +86,12 @@ def variant(annotation: Any, info: FieldInfo, named: Any) -> type[Section] | Non
     return next((choice for choice in choices if tag(choice) == named), None)
 
 
+def filled(path: str, annotation: Any) -> str:
+    """The override that sets a section to its defaults: "sft={}", or with variants "prepare.type=meadow"."""
+    choices = sections(annotation)
+    return f"{path}={{}}" if len(choices) == 1 else f"{path}.type={tag(choices[0])}"
+
+
 def settings(section: type[Section], prefix: str = "", only: str = "") -> Iterator[Setting]:
     """Every field below `section`: plain values first, then the sections, each before its parts."""
     named = sorted(annotations(section).items(), key=lambda one: bool(sections(one[1]) or entry(one[1])))

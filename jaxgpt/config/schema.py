@@ -311,11 +311,11 @@ class TokenizerConfig(Section):
     """A Jinja chat template file, or `roles` or `vicuna`; unset takes the folder's own, else the one that suits."""
 
 
-class PrepareConfig(Section):
-    """Makes the run's data files before anything else."""
+class MeadowConfig(Section):
+    """A small invented world: text, instructions, rankings and prompts."""
 
     type: Literal["meadow"] = "meadow"
-    """meadow writes a small invented world: text, instructions, rankings and prompts."""
+    """Animals with facts, stories with moods, sums, opposites."""
     seed: Seed = 0
     """Seed of the world's texts (its facts are always the same)."""
     documents: Count = 30_000
@@ -330,6 +330,36 @@ class PrepareConfig(Section):
     """Held-out prompts and rankings each, for evaluation."""
     noise: NonNegative = 0.25
     """Standard deviation of the labellers' noise, in units of the gold score."""
+
+
+class ArithmeticConfig(Section):
+    """Problems with numbers and in words, whose answers can be verified; the demonstrations are good and bad."""
+
+    type: Literal["arithmetic"] = "arithmetic"
+    """Sums, differences, products, and stories of two steps; a fifth of the problems is held out."""
+    seed: Seed = 0
+    """Seed of the problems that are drawn (which ones are held out is always the same)."""
+    documents: Count = 30_000
+    """Pretraining documents."""
+    instructions: Count = 6_000
+    """Prompt/response pairs for fine-tuning."""
+    at_once: Share = 0.6
+    """Share of them that give the answer without working it out; of the stories half as many."""
+    careless: Share = 0.15
+    """Share of them that are worked out with a slip, unfinished, or with another number at the end."""
+    prompts: Count = 6_000
+    """Prompts for RL, with their answers."""
+    held_out: Count = 400
+    """Held-out problems, for evaluation."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> ArithmeticConfig:
+        if self.at_once + self.careless > 1:
+            raise ValueError(f"at_once {self.at_once} and careless {self.careless} are more than 1 together")
+        return self
+
+
+Prepare = Annotated[MeadowConfig | ArithmeticConfig, Field(discriminator="type")]
 
 
 class OptimizerConfig(Section):
@@ -811,9 +841,11 @@ class EvaluateConfig(Section):
     """What is asked of the finished models, for the report."""
 
     data: Prompts | None = None
-    """Held-out prompts: {"prompt", "answer", "kind", ...}; answer is compared exactly, by kind."""
+    """Held-out prompts: {"prompt", "answer", "kind", ...}; what is right is counted by kind."""
     exact: Prompts | None = None
     """Other prompts for exact match; unset means those of data."""
+    grade: Literal["exact", "number"] = "exact"
+    """What makes an answer right: the same text, or the same final number, as in the reward of that type."""
     scorer: str | None = None
     """module:function(record, response) -> float, the gold score of a response."""
     temperature: NonNegative = 1.0
@@ -839,7 +871,7 @@ class Config(Section):
     """Seed of every random choice but the prepared data's."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
-    prepare: PrepareConfig | None = None
+    prepare: Prepare | None = None
     """Makes data files first."""
     data: DataConfig = DataConfig()
     """Pretraining text."""

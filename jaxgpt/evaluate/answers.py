@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxgpt.api import Generation, Model
-from jaxgpt.graders import Scorer
+from jaxgpt.graders import Grader, Scorer
 
 Record = dict[str, Any]
 
@@ -41,12 +41,12 @@ def asked_by_kind(records: Sequence[Record]) -> dict[str, int]:
     return dict(sorted(Counter(_kind(record) for record in records if record.get("answer") is not None).items()))
 
 
-def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation]) -> dict[str, float]:
-    """Share of responses equal to the record's answer, by kind; records without an answer do not count."""
-    hits: dict[str, list[bool]] = defaultdict(list)
+def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation], right: Grader) -> dict[str, float]:
+    """Share of responses that `right` finds so, by kind; records without an answer do not count."""
+    hits: dict[str, list[float]] = defaultdict(list)
     for record, response in zip(records, responses, strict=True):
         if record.get("answer") is not None:
-            hits[_kind(record)].append(response.text.strip() == str(record["answer"]).strip())
+            hits[_kind(record)].append(right(record, response.text, len(response.tokens)))
     return {kind: float(np.mean(found)) for kind, found in sorted(hits.items())}
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxgpt.api import Model, load
-from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
+from jaxgpt.config.schema import Config, EvaluateConfig, ExactReward, MeshConfig, NumberReward
 from jaxgpt.data.chat import render
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_rankings
@@ -32,8 +32,11 @@ from jaxgpt.evaluate.answers import (
     win_rate,
 )
 from jaxgpt.evaluate.rewards import reward_accuracy
-from jaxgpt.graders import load_scorer
+from jaxgpt.graders import check_record, grader, load_scorer
 from jaxgpt.runs import ALIGNED, STAGES, is_finished, resolved
+
+GRADES = {"exact": ExactReward(), "number": NumberReward()}
+"""What `evaluate.grade` names."""
 
 
 class Asked(NamedTuple):
@@ -61,7 +64,11 @@ def read_prompts(config: Config, evaluate: EvaluateConfig, tokenizer: Tokenizer,
             how = "with evaluate.few_shot before it, " if length > len(asked) else ""
             raise UserError(f"evaluate.samples[{number}]: {how}{length} tokens, {limit} is {room}; shorten it")
     scored = rows(evaluate.data.path)
-    return Asked(scored, scored if evaluate.exact is None else rows(evaluate.exact.path))
+    exact = scored if evaluate.exact is None else rows(evaluate.exact.path)
+    for where, record in zip(exact.wheres, exact.records, strict=True):
+        if record.get("answer") is not None:
+            check_record(GRADES[evaluate.grade], "evaluate.grade", where, record)
+    return Asked(scored, exact)
 
 
 class Suite:
@@ -74,6 +81,7 @@ class Suite:
             raise UserError(f"{folder}: no stage is finished, so there is nothing to evaluate; train one first")
         model = next(iter(self.models.values()))
         self.asked, self.exact = read_prompts(config, evaluate, model.tokenizer, model.config.context)
+        self.right = grader(GRADES[evaluate.grade], "evaluate.grade")
         self.scorer = load_scorer(evaluate.scorer, "evaluate.scorer") if evaluate.scorer is not None else None
 
     def run(self) -> dict[str, Any]:
@@ -102,7 +110,7 @@ class Suite:
 
     def _exact(self, model: Model) -> dict[str, float]:
         answers = answer(model, self.exact.prompts, self.c.max_tokens, 0.0, self.c.batch, 0)
-        return exact_by_kind(self.exact.records, answers.responses)
+        return exact_by_kind(self.exact.records, answers.responses, self.right)
 
     def _few_shot_exact(self, model: Model) -> dict[str, float]:
         """The base model asked in the form of a document: the first sentence of its continuation counts."""
@@ -112,7 +120,7 @@ class Suite:
         for at in range(0, len(prompts), self.c.batch):
             part = prompts[at : at + self.c.batch]
             responses += model.generate(part, self.c.max_tokens, 0.0, stop=("Question:", "\n"))
-        return exact_by_kind(records, responses)
+        return exact_by_kind(records, responses, self.right)
 
     def _assistant(self, name: str) -> tuple[dict[str, Any], np.ndarray]:
         model, c = self.models[name], self.c

@@ -11,16 +11,17 @@ from random import Random
 
 import pytest
 
-from jaxgpt.config.schema import PrepareConfig
-from jaxgpt.data.meadow import gold_score, is_current, write_world
+from jaxgpt.config.schema import MeadowConfig
+from jaxgpt.data.meadow import gold_score
 from jaxgpt.data.meadow.facts import ANIMALS, ATTRIBUTES, FACTS, VALUES
+from jaxgpt.data.meadow.files import FILES
 from jaxgpt.data.meadow.responses import ranks
 from jaxgpt.data.meadow.sources import WEIGHTS, document_counts, documents
 from jaxgpt.data.meadow.stories import HAPPY_ENDINGS, SAD_ENDINGS, story
 from jaxgpt.data.meadow.tasks import KINDS, all_tasks
-from jaxgpt.data.meadow.write import FILES
+from jaxgpt.data.worlds import is_current, write_world
 
-SMALL = PrepareConfig(documents=400, instructions=700, rankings=300, prompts=500, held_out=100)
+SMALL = MeadowConfig(documents=400, instructions=700, rankings=300, prompts=500, held_out=100)
 
 
 @pytest.fixture(scope="module")

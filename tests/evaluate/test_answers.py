@@ -5,6 +5,7 @@ import pytest
 from tiny_run import make_run
 
 from jaxgpt.api import Generation, load
+from jaxgpt.config.schema import ExactReward, NumberReward
 from jaxgpt.evaluate.answers import (
     Answers,
     answer,
@@ -17,6 +18,7 @@ from jaxgpt.evaluate.answers import (
     rewards,
     win_rate,
 )
+from jaxgpt.graders import grader
 
 
 def said(*texts: str) -> list[Generation]:
@@ -33,11 +35,18 @@ def test_exact_match_is_by_kind_and_leaves_out_what_has_no_answer():
         {"answer": "yes"},
     ]
     responses = said(" a fox\n", "An owl", "7", "x", "y", "yes.")
-    assert exact_by_kind(records, responses) == {"all": 0.0, "fact": 0.5, "sum": 1.0}
+    exact = grader(ExactReward(), "evaluate.grade")
+    assert exact_by_kind(records, responses, exact) == {"all": 0.0, "fact": 0.5, "sum": 1.0}
     assert asked_by_kind(records) == {"all": 1, "fact": 2, "sum": 1}
-    assert exact_by_kind([{"kind": "story"}], said("x")) == asked_by_kind([{"kind": "story"}]) == {}
+    assert exact_by_kind([{"kind": "story"}], said("x"), exact) == asked_by_kind([{"kind": "story"}]) == {}
     with pytest.raises(ValueError, match="zip"):
-        exact_by_kind(records, responses[:-1])
+        exact_by_kind(records, responses[:-1], exact)
+
+
+def test_an_answer_may_be_a_number_however_it_is_written():
+    records = [{"answer": "1,200", "kind": "sum"}, {"answer": 7, "kind": "sum"}, {"answer": None}]
+    number = grader(NumberReward(), "evaluate.grade")
+    assert exact_by_kind(records, said("600 * 2\n#### 1200.", "#### 8, not 7", "x"), number) == {"sum": 0.5}
 
 
 def test_means_are_by_kind():

@@ -35,7 +35,10 @@ def test_prompts_are_checked_by_file_and_line(tmp_path):
         suite({"prompt": "cat?"}, {"prompt": "cat? " * 20})
     with pytest.raises(UserError, match=r"asked.jsonl:1: "):
         suite({"promt": "cat?"})
-    config = config.model_copy(update={"samples": ("cat?", "cat? " * 20)})
+    exact, config = config, config.model_copy(update={"grade": "number"})
+    with pytest.raises(UserError, match=r'asked.jsonl:3: "answer" is "four", which has no number; evaluate.grade'):
+        suite({"prompt": "cat?"}, {"prompt": "cat?", "answer": None}, {"prompt": "cat?", "answer": "four"})
+    config = exact.model_copy(update={"samples": ("cat?", "cat? " * 20)})
     with pytest.raises(UserError, match=r"evaluate.samples.1.: .* tokens, model.context - evaluate.max_tokens is 24"):
         suite({"prompt": "cat?"})
     config = config.model_copy(update={"samples": ("cat?",), "few_shot": (("cat?", "It is black. " * 9),)})
