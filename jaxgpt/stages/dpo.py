@@ -1,6 +1,7 @@
 """Direct preference optimization: the policy from rankings, without a reward model (DPO, IPO, cDPO; an SFT term).
 
-The reference is the model that training starts from. Its log-probabilities of the responses come with the batch.
+The reference is the model that training starts from: a copy, or with adapters the base itself. Its log-probabilities
+of the responses come with the batch.
 Letters: B rankings, K responses of one prompt, T time.
 """
 
@@ -19,9 +20,9 @@ from jaxgpt.mesh import BATCH, check_batch
 from jaxgpt.models.heads import LanguageModel, language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
-from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
+from jaxgpt.stages.trained import trained
 from jaxgpt.train.loop import Drawn, Stage
 from jaxgpt.train.state import State
 from jaxgpt.train.step import Batch, Loss, Terms
@@ -122,18 +123,19 @@ def load(run: Run, config: DpoConfig) -> tuple[PreferenceRows, PreferenceRows | 
 def stage(run: Run, config: DpoConfig) -> Stage:
     """DPO as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "dpo.batch / dpo.accumulate")
-    net = language_model(run.config.model, run.vocab)
-    init, key = run.parent("dpo"), run.key("dpo")
-
-    def start() -> Params:
-        return jax.jit(net.init)(key) if init == RANDOM else run.load_language(init)
-
-    rows, test = load(run, config)
-    loss, files = (
-        preference_loss(net, config),
-        FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh),
+    plain = language_model(run.config.model, run.vocab)
+    model = trained(
+        lambda lora: language_model(run.config.model, run.vocab, lora=lora),
+        lambda: run.start_language("dpo"),
+        config.lora,
+        run.key("dpo"),
     )
-    source = WithReference(files, net, start(), mean=config.loss == "ipo" and config.length_normalized)
+    rows, test = load(run, config)
+    loss = preference_loss(model.net, config)
+    files = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
+    mean = config.loss == "ipo" and config.length_normalized
+    reference = run.start_language("dpo") if config.lora is None else model.frozen()
+    source = WithReference(files, plain, reference, mean)
     evaluate = None
     if test is not None:
         fixed = Batches(ordered(test), config.batch, run.hosts)
@@ -141,8 +143,8 @@ def stage(run: Run, config: DpoConfig) -> Stage:
         evaluate = mean_of(loss, [source.complete(batch) for batch in batches])
     return Stage(
         name="dpo",
-        init=start,
-        abstract=net.abstract,
+        init=model.first,
+        abstract=model.abstract,
         loss=loss,
         source=source,
         tx=adamw(config.optimizer, config.steps),
@@ -151,6 +153,12 @@ def stage(run: Run, config: DpoConfig) -> Stage:
         tokens_per_step=config.batch * rows.responses * config.context,
         evaluate=evaluate,
         quality=lambda figures: figures["rewards/accuracies"],
-        notes=(f"{len(rows):,} rankings, {rows.pairs:,} pairs, {config.steps * config.batch / len(rows):.2f} epochs",),
+        frozen=model.frozen,
+        finish=lambda state: model.whole(state.params),
+        beside=lambda state: model.beside(state.params),
+        notes=(
+            *model.notes,
+            f"{len(rows):,} rankings, {rows.pairs:,} pairs, {config.steps * config.batch / len(rows):.2f} epochs",
+        ),
         close=files.close,
     )

@@ -15,7 +15,6 @@ from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
-from jaxgpt.runs import RANDOM
 from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.step import Batch, Loss
@@ -80,11 +79,10 @@ def stage(run: Run, config: PretrainConfig) -> Stage:
             )
         fixed = Batches(ordered(*rows), config.batch, run.hosts)
         evaluate = mean_of(language_loss(net), held_out(fixed, config.eval_batches, run.mesh))
-    init, key = run.parent("pretrain"), run.key("pretrain")
     source = FromData(text_batches(run, config.context, config.batch), run.mesh)
     return Stage(
         name="pretrain",
-        init=(lambda: jax.jit(net.init)(key)) if init == RANDOM else (lambda: run.load_language(init)),
+        init=lambda: run.start_language("pretrain"),
         abstract=net.abstract,
         loss=language_loss(net),
         source=source,

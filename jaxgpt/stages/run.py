@@ -22,7 +22,7 @@ from jaxgpt.interop.weights import read_params
 from jaxgpt.mesh import check_model, put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Net, Params
-from jaxgpt.runs import KINDS, is_foreign, parents, resolved, result_folder, run_folder
+from jaxgpt.runs import KINDS, RANDOM, is_foreign, parents, resolved, result_folder, run_folder
 from jaxgpt.train.checkpoint import load_params, params_meta
 from jaxgpt.train.loop import Drawn
 from jaxgpt.train.state import State
@@ -91,6 +91,13 @@ class Run:
             "vocab": self.vocab,
             "tokenizer": self.tokenizer.hash,
         }
+
+    def start_language(self, name: str) -> Params:
+        """The language model that a stage starts from, on the mesh: a finished one, or a random one."""
+        init = self.parent(name)
+        if init == RANDOM:
+            return jax.jit(language_model(self.config.model, self.vocab).init)(self.key(name))
+        return self.load_language(init)
 
     def load_language(self, init: str) -> Params:
         """A finished language model's parameters, on the mesh."""

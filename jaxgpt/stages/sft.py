@@ -10,9 +10,7 @@ from jaxgpt.data.conversations import PackedConversations, load_conversations
 from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
-from jaxgpt.models.net import Params
 from jaxgpt.optim import adamw, schedule
-from jaxgpt.runs import RANDOM
 from jaxgpt.stages.pretrain import language_loss, lower_nll, mean_of
 from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.stages.trained import trained
@@ -53,12 +51,13 @@ def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConver
 def stage(run: Run, config: SftConfig) -> Stage:
     """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
-    c, init, key = run.config.model, run.parent("sft"), run.key("sft")
-
-    def start() -> Params:
-        return jax.jit(language_model(c, run.vocab).init)(key) if init == RANDOM else run.load_language(init)
-
-    model = trained(lambda lora: language_model(c, run.vocab, config.dropout, lora), start, config.lora, key)
+    c = run.config.model
+    model = trained(
+        lambda lora: language_model(c, run.vocab, config.dropout, lora),
+        lambda: run.start_language("sft"),
+        config.lora,
+        run.key("sft"),
+    )
     rows, test = load(run, config)
     source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
     evaluate = None
