@@ -71,10 +71,12 @@ class Model:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         read: Callable[[Params], Params],
+        gain: float = 1.0,
     ):
-        """`read` gives the parameters, for their shapes and shardings."""
+        """`read` gives the parameters, for their shapes and shardings; `gain` is what a reward model's scores were
+        multiplied by after training: it takes a to be better than b with probability sigmoid((a - b) / gain)."""
         self.folder, self.kind, self.config, self.tokenizer, self.mesh = folder, kind, config, tokenizer, mesh
-        self.vocab = vocab
+        self.vocab, self.gain = vocab, gain
         check_model(mesh, config, vocab)
         with jax.set_mesh(mesh):
             self.net = (language_model if kind == "language" else scalar_model)(config, vocab)
