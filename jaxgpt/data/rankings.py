@@ -79,7 +79,7 @@ def load_rankings(
     paths: Paths,
     tokenizer: Tokenizer,
     context: int,
-    responses: int,
+    responses: int | None,
     section: str = "reward",
     ties: Literal["drop", "half"] = "drop",
 ) -> RankingRows:
@@ -88,8 +88,8 @@ def load_rankings(
     A prompt is a string or a list of messages. The responses may be whole conversations, which begin with the prompt;
     where that is not given, it is the messages that all begin with. Rows are as wide as the longest needs, and have as
     many responses. Raises UserError with file and line where ranks and responses do not match, nothing is preferred
-    (unless ties count: "half"), there are more than `responses`, or one does not fit the context with its prompt;
-    `section` is the config section that the message points to.
+    (unless ties count: "half"), there are more than `responses`, where that is given, or one does not fit the context
+    with its prompt; `section` is the config section that the message points to.
     """
     rankings = [_ranking(record, tokenizer, context, responses, section, ties) for record in read_jsonl(paths)]
     if not rankings:
@@ -154,12 +154,12 @@ def check_split(train: RankingRows, held_out: RankingRows) -> None:
         )
 
 
-def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int, section: str, ties: str) -> Ranking:
+def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int | None, section: str, ties: str) -> Ranking:
     prompt, replies, ranks = _parts(record)
     if len(set(ranks)) == 1 and ties == "drop":
         or_else = ", or set reward.ties=half" if section == "reward" else ""
         raise UserError(f"{record.where}: all ranks are equal, so no response is preferred; drop the line{or_else}")
-    if len(replies) > most:
+    if most is not None and len(replies) > most:
         raise UserError(
             f"{record.where}: {len(replies)} responses, {section}.responses is {most}; raise it or drop some"
         )
