@@ -115,7 +115,7 @@ def test_an_unknown_task_is_answered_with_the_nearest_before_a_model_is_loaded(h
         (["runs/tiny"], "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt, or for a rew"),
         (
             ["runs/tiny", "rankings=judged/rankd.jsonl"],
-            "rankd.jsonl does not exist. Did you mean 'judged/ranked.jsonl'?",
+            "judged/rankd.jsonl does not exist. Did you mean 'ranked.jsonl'?",
         ),
         (
             ["runs/tiny", "txt=book.txt"],
