@@ -288,8 +288,8 @@ VERBS = {
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
     "eval": Verb(
-        f"RUN_FOLDER tasks=NAME,... text=FILE,... | {CONFIG_USAGE}",
-        "Measure a model on lm-eval tasks and texts, or the run as its file says.",
+        f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... | {CONFIG_USAGE}",
+        "Measure a model on lm-eval tasks and texts, a reward model on rankings, or the run as its file says.",
         _eval,
         (*STAGE, "evaluate"),
         "evaluate",

@@ -40,6 +40,7 @@ from jaxgpt.report import summary_table, write_report
 from jaxgpt.runs import (
     RANDOM,
     STAGES,
+    demonstrations,
     finished,
     is_finished,
     is_foreign,
@@ -287,6 +288,8 @@ class Pipeline:
         if settings.get("data"):
             paths = [p for key in ("path", "eval_path") if settings["data"].get(key) for p in [settings["data"][key]]]
             inputs["files"] = [short_hash(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
+        if name == "reward" and (shown := demonstrations(self.config)) is not None:
+            inputs["demonstrations"] = short_hash(self.paths(shown.path))
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
         kinds = {role: "language" if role == "start" else "scalar" for role in before}
         inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}

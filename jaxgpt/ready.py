@@ -12,12 +12,12 @@ from pathlib import Path
 
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
-from jaxgpt.config.schema import Config, PpoConfig, RolloutConfig
+from jaxgpt.config.schema import Config, Conversations, PpoConfig, Rankings, RolloutConfig
 from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.worlds import world_files
 from jaxgpt.errors import UserError, nearest
-from jaxgpt.runs import STAGES, reads_text, resolved, run_folder
+from jaxgpt.runs import RANDOM, STAGES, demonstrations, parents, reads_text, resolved, run_folder
 
 Paths = str | tuple[str, ...]
 DATA = {
@@ -37,7 +37,7 @@ def check_ready(verb: str, loaded: Loaded) -> None:
     stages = [name for name in STAGES if name in asked and getattr(config, name) is not None]
     evaluates = config.evaluate is not None and verb in ("run", "config", "eval")
     sections = [*stages, "evaluate"] if evaluates else stages
-    problems = [*_contexts(loaded, sections), *_best(loaded, stages)]
+    problems = [*_contexts(loaded, sections), *_best(loaded, stages), *_normalized(loaded, stages)]
     if verb == "run" and not stages:
         problems.append(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
     if verb != "config":
@@ -91,8 +91,25 @@ def _best(loaded: Loaded, stages: list[str]) -> Iterator[str]:
             yield f"{what} {name} measures nothing on held-out data; expected last"
         elif name == "pretrain" and config.data.val_fraction == 0:
             yield f"{what} there is no held-out text; raise data.val_fraction above 0, or use last"
-        elif name != "pretrain" and section.data is not None and section.data.eval_path is None:
-            yield f"{what} there is no held-out data; set {name}.data.eval_path, or use last"
+        elif name != "pretrain" and section.data is not None and not _measured(section.data):
+            share = " or val_fraction" if isinstance(section.data, Rankings) else ""
+            yield f"{what} there is no held-out data; set {name}.data.eval_path{share}, or use last"
+
+
+def _measured(data: Conversations | Rankings) -> bool:
+    return data.measured if isinstance(data, Rankings) else data.eval_path is not None
+
+
+def _normalized(loaded: Loaded, stages: list[str]) -> Iterator[str]:
+    """A reward model whose scores are to be normalized over what there is not."""
+    config = loaded.config
+    if config.reward is None or "reward" not in stages:
+        return
+    what = f"{_named(loaded, 'reward.normalize')}: found {config.reward.normalize}, and"
+    if config.reward.normalize == "policy" and parents(config, "reward")["start"] == RANDOM:
+        yield f"{what} there is no policy to sample from: the parameters start at random; set reward.init"
+    if config.reward.normalize == "demonstrations" and demonstrations(config) is None:
+        yield f"{what} there are none; set reward.demonstrations.path, a JSONL file of conversations, or sft.data.path"
 
 
 def _unset(loaded: Loaded, sections: list[str]) -> Iterator[str]:
@@ -125,10 +142,13 @@ def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, P
             for name, source in config.data.named.items()
         }
     for name in sections:
-        for part in ("data", "exact"):
+        for part in ("data", "exact", "demonstrations"):
             files = getattr(getattr(config, name), part, None)
             for key in ("path", "eval_path"):
                 needed[f"{name}.{part}.{key}"] = getattr(files, key, None)
+    shown = demonstrations(config) if "reward" in sections else None
+    if shown is not None and config.sft is not None and shown is config.sft.data:
+        needed["sft.data.path"] = shown.path
     return {setting: given for setting, given in needed.items() if given is not None}
 
 

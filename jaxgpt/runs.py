@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxgpt.config.schema import Config, ModelReward, PpoConfig, RolloutConfig, StageConfig
+from jaxgpt.config.schema import Config, Conversations, ModelReward, PpoConfig, RolloutConfig, StageConfig
 from jaxgpt.errors import UserError, nearest
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rloo", "rejection")
@@ -54,6 +54,13 @@ def parents(config: Config, name: str) -> dict[str, str]:
 def reads_text(config: Config, name: str) -> bool:
     """Whether a stage learns from the mixture of text: pretraining, and PPO-ptx."""
     return name == "pretrain" or (name == "ppo" and config.ppo is not None and config.ppo.ptx is not None)
+
+
+def demonstrations(config: Config) -> Conversations | None:
+    """The conversations that set the offset of the reward model's scores, where demonstrations do."""
+    if config.reward is None or config.reward.normalize != "demonstrations":
+        return None
+    return config.reward.demonstrations or (config.sft.data if config.sft is not None else None)
 
 
 def is_foreign(name: str | Path) -> bool:

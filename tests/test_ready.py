@@ -95,9 +95,30 @@ def test_a_stage_is_asked_for_its_own_section_alone():
     ]
     assert problems("reward", *wrong) == [
         "reward.best (set by 'reward.best=best'): found 'best', and there is no held-out data; set "
-        "reward.data.eval_path, or use last"
+        "reward.data.eval_path or val_fraction, or use last"
     ]
+    assert problems("reward", *wrong, "reward.data.val_fraction=0.1") == []
     assert len(problems("run", *wrong)) == 3
+
+
+def test_scores_are_normalized_over_what_there_is():
+    assert problems("reward", "reward.normalize=policy") == problems("reward", "reward.normalize=demonstrations") == []
+    alone = ("sft=null", "pretrain=null", "reward.normalize=policy")
+    assert problems("reward", *alone) == [
+        "reward.normalize (set by 'reward.normalize=policy'): found policy, and there is no policy to sample from: the "
+        "parameters start at random; set reward.init"
+    ]
+    assert problems("reward", *alone, "reward.init=runs/other/sft") == []
+    assert problems("reward", "sft=null", "reward.normalize=demonstrations") == [
+        "reward.normalize (set by 'reward.normalize=demonstrations'): found demonstrations, and there are none; set "
+        "reward.demonstrations.path, a JSONL file of conversations, or sft.data.path"
+    ]
+    own = ("reward.normalize=demonstrations", "reward.demonstrations.path=good.jsonl")
+    assert problems("reward", *own)[0].startswith(
+        "reward.demonstrations.path (set by 'reward.demonstrations.path=good.jsonl'): good.jsonl does not exist"
+    )
+    missing = problems("reward", "prepare=null", "reward.normalize=demonstrations")
+    assert [line.partition(" ")[0] for line in missing if "instructions" in line] == ["sft.data.path"]
 
 
 def test_config_tells_what_holds_for_every_verb():

@@ -54,7 +54,8 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
     tokenizer = Tokenizer.load(home)
     if tokenizer.hash != meta["tokenizer"]:
         raise UserError(f"{home} is not the tokenizer that {folder} was trained with")
-    return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices, read)
+    gain = meta.get("normalization", {}).get("gain", 1.0)
+    return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices, read, gain)
 
 
 def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:

@@ -71,10 +71,12 @@ class Model:
         tokenizer: Tokenizer,
         mesh: jax.sharding.Mesh,
         read: Callable[[Params], Params],
+        gain: float = 1.0,
     ):
-        """`read` gives the parameters, for their shapes and shardings."""
+        """`read` gives the parameters, for their shapes and shardings; `gain` is what a reward model's scores were
+        multiplied by after training: it takes a to be better than b with probability sigmoid((a - b) / gain)."""
         self.folder, self.kind, self.config, self.tokenizer, self.mesh = folder, kind, config, tokenizer, mesh
-        self.vocab = vocab
+        self.vocab, self.gain = vocab, gain
         check_model(mesh, config, vocab)
         with jax.set_mesh(mesh):
             self.net = (language_model if kind == "language" else scalar_model)(config, vocab)
@@ -98,12 +100,12 @@ class Model:
 
         V is `model.vocab`: the ids from `tokenizer.size` on only pad the embedding.
         """
-        self._needs("language", "logits")
+        self.needs("language", "logits")
         return self._forward(self._logits, tokens, lengths)
 
     def logprobs(self, tokens: Tokens, temperature: float = 1.0, lengths: Sequence[int] | None = None) -> np.ndarray:
         """log p(token t | tokens before t), nats, [B, T] float32: 0 for the first token and beyond a row's length."""
-        self._needs("language", "logprobs")
+        self.needs("language", "logprobs")
         if not 0.0 < temperature < math.inf:
             raise UserError(f"temperature is {temperature}; log-probabilities need one above 0")
         return self._forward(self._logprobs, tokens, lengths, jnp.float32(temperature))
@@ -147,7 +149,7 @@ class Model:
 
         A text so far may end in half a character (U+FFFD) or in the beginning of a stop string.
         """
-        self._needs("language", "generate")
+        self.needs("language", "generate")
         words = (stop,) if isinstance(stop, str) and stop else stop
         sampling = _checked(_Sampling(max_tokens, temperature, seed, top_k, top_p, words, every))
         texts = [prompts] if isinstance(prompts, str) else prompts
@@ -188,7 +190,7 @@ class Model:
 
     def score(self, conversations: Messages | Sequence[Messages]) -> np.ndarray:
         """The reward of one conversation, or of each of several, ending in the assistant's response: [B] float32."""
-        self._needs("scalar", "score")
+        self.needs("scalar", "score")
         rows = []
         for i, messages in enumerate(_conversations(conversations)):
             if not messages or messages[-1].get("role") != "assistant":
@@ -199,10 +201,11 @@ class Model:
 
     def score_tokens(self, tokens: Tokens, lengths: Sequence[int] | None = None) -> np.ndarray:
         """The reward of each row of token ids, read at its last token, [B] float32."""
-        self._needs("scalar", "score")
+        self.needs("scalar", "score")
         return self._forward(self._scores, tokens, lengths)
 
-    def _needs(self, kind: str, what: str) -> None:
+    def needs(self, kind: str, what: str) -> None:
+        """Raises UserError where the model is not of the kind, "language" or "scalar", that `what` is for."""
         if self.kind != kind:
             raise UserError(f"{self.folder} holds {KINDS[self.kind]}; {what} needs {KINDS[kind]}")
 

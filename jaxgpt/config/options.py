@@ -119,10 +119,12 @@ class Measures(Section):
     """lm-eval tasks or groups by name, or YAML task files of your own, with commas between them."""
     text: Names = ()
     """Files or patterns (.txt, .jsonl, packed or not) to give the perplexity and bits per byte of, each by itself."""
+    rankings: Names = ()
+    """Files of rankings to give a reward model's accuracy on, by "subset", "kind" or "source" of the records."""
     field: str = "text"
     """text: key of the text in JSONL records."""
     limit: Count | None = None
-    """Examples of each task and documents of each text file, at most."""
+    """Examples of each task, documents of each text file and rankings of each file, at most."""
     few_shot: Whole | None = None
     """tasks: solved examples before each question; unset means the task's own number."""
     chat: bool = False
@@ -130,14 +132,17 @@ class Measures(Section):
     batch: Count = 8
     """Rows in one forward pass, over all devices."""
     stage: str | None = None
-    """Stage of the run to use; unset means its last finished language model."""
+    """Stage of the run to use; unset means its last finished language model, and for rankings its reward model."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
 
     @model_validator(mode="after")
     def _something(self) -> Measures:
-        if not self.tasks and not self.text:
-            raise ValueError("nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt")
+        if not (self.tasks or self.text or self.rankings):
+            raise ValueError(
+                "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt, or for a reward model "
+                "rankings=file.jsonl"
+            )
         if not self.tasks and (self.chat or self.few_shot is not None):
             raise ValueError("chat and few_shot are for tasks, and there are none")
         return self

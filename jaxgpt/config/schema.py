@@ -486,19 +486,68 @@ class Rankings(Section):
     """JSONL files or glob patterns."""
     eval_path: str | tuple[str, ...] | None = None
     """Held-out rankings; no prompt may stand in both."""
+    val_fraction: Below1 = 0.0
+    """Share of path's prompts that is held out instead, by their hash; all rankings of a prompt stay on one side."""
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Rankings:
+        if self.eval_path is not None and self.val_fraction > 0:
+            raise ValueError("set eval_path or val_fraction, not both")
+        return self
+
+    @property
+    def measured(self) -> bool:
+        """Whether there are held-out rankings."""
+        return self.eval_path is not None or self.val_fraction > 0
 
 
-class RewardConfig(SupervisedConfig):
-    """Reward model: Bradley-Terry over all pairs of a ranking."""
+class RewardConfig(StageConfig):
+    """Reward model: scores learned from rankings (Bradley-Terry over all pairs of each, as InstructGPT)."""
 
+    epochs: Count = 1
+    """Passes over the rankings, each ranking once in every one; more than one soon learns them by heart."""
+    steps: Count | None = None
+    """Optimizer updates in place of epochs; unset means as many as those take."""
+    context: Count = 128
+    """Tokens in one row: the longest prompt with its response."""
     data: Rankings | None = None
     """Rankings to learn."""
     responses: Annotated[int, Field(ge=2, le=64), BeforeValidator(_whole)] = 9
     """Most responses in one ranking."""
-    normalize: bool = True
-    """Shift and scale the head afterwards so that training responses score mean 0 and deviation 1."""
+    loss: Literal["ranking", "best_of_k", "plackett_luce"] = "ranking"
+    """ranking is Bradley-Terry over all pairs (InstructGPT); best_of_k the softmax of the best response (Ziegler et al.
+    2019); plackett_luce the likelihood of the whole order."""
+    margin: NonNegative = 0.0
+    """ranking: by how much a winner's score has to win, added to a record's own margin (Llama 2)."""
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=0.5), BeforeValidator(_number)] = 0.0
+    """ranking: share of preferences taken to be the wrong way round."""
+    ties: Literal["drop", "half"] = "drop"
+    """ranking: what responses of equal rank are, no pair, or half a win for each."""
+    weighting: Literal["prompt", "pair"] = "prompt"
+    """ranking: what counts as one in the mean, a prompt with all its pairs (InstructGPT) or a pair."""
+    centring: NonNegative = 0.0
+    """Weight of the mean squared sum of the two scores of a pair, which draws scores to 0 (TRL; 0.01 is usual)."""
+    normalize: Literal["none", "responses", "demonstrations", "policy"] = "responses"
+    """Shift and scale of the finished model's scores: mean 0 and deviation 1 over training responses, or over samples
+    of the model that training starts from (policy; Ziegler et al. 2019); or mean 0 over demonstrations, with the scale
+    as it is (InstructGPT)."""
+    normalize_over: Count = 512
+    """Rankings, demonstrations or samples that this is measured on, at most (Ziegler et al. took 256)."""
+    demonstrations: Conversations | None = None
+    """normalize=demonstrations: conversations that end with a good response; unset means those of sft."""
     lora: LoraConfig | None = None
     """Train adapters and the head alone; they are merged into what is handed on."""
+
+    @model_validator(mode="after")
+    def _of_ranking(self) -> RewardConfig:
+        if self.loss != "ranking":
+            given = ("margin", "label_smoothing", "ties", "weighting")
+            for name in given:
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} {getattr(self, name)} is for loss ranking; {self.loss} has none")
+        if self.demonstrations is not None and self.normalize != "demonstrations":
+            raise ValueError(f"demonstrations are for normalize demonstrations, which is {self.normalize}")
+        return self
 
 
 class DpoConfig(SupervisedConfig):

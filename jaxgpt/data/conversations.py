@@ -76,6 +76,37 @@ def load_conversations(
     return examples
 
 
+def load_demonstrations(
+    paths: Paths,
+    tokenizer: Tokenizer,
+    context: int,
+    prompt_field: str = "prompt",
+    completion_field: str = "completion",
+    setting: str = "reward.context",
+) -> tuple[list[np.ndarray], int]:
+    """Reads the conversations of `load_conversations` up to the end of the assistant's last turn, each [n] int32.
+
+    One of more than `context` tokens (`setting` names the limit) is left out: its response would have no end. Returns
+    the others and how many were left out. Raises UserError where none is left or has an assistant turn.
+    """
+    kept, long = [], 0
+    for record in read_jsonl(paths):
+        messages = _conversation(record, prompt_field, completion_field)
+        ends = [at for at, message in enumerate(messages, start=1) if message["role"] == "assistant"]
+        if ends:
+            ids, _ = render_record(record, tokenizer, messages[: ends[-1]])
+            if len(ids) <= context:
+                kept.append(np.array(ids, np.int32))
+            else:
+                long += 1
+    if not kept:
+        why = (
+            f"all {long} have more than {setting}={context} tokens; raise it" if long else "none has an assistant turn"
+        )
+        raise UserError(f"{_named(paths)}: no demonstrations: {why}")
+    return kept, long
+
+
 class PackedConversations:
     """Rows of several conversations each: best-fit decreasing inside blocks of examples, the same for the same input.
 

@@ -84,9 +84,10 @@ def mixture(sources: Mapping[str, RowSource], weights: Mapping[str, float], seed
     return Draws(list(sources.values()), order)
 
 
-def single(rows: RowSource, seed: int) -> Draws:
-    """Endless draws from one source, shuffled anew in each epoch."""
-    return mixture({"rows": rows}, {"rows": 1.0}, seed)
+def single(rows: RowSource, seed: int, epochs: int | None = None) -> Draws:
+    """Draws from one source, shuffled anew in each epoch, which has each row once; endless where `epochs` is None."""
+    draws = mixture({"rows": rows}, {"rows": 1.0}, seed)
+    return draws if epochs is None else Draws([rows], draws.order[: epochs * len(rows)])
 
 
 def ordered(*sources: RowSource) -> Draws:

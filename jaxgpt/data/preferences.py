@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxgpt.data.rankings import Ranking, load_rankings
+from jaxgpt.data.rankings import Ranking, RankingRows, load_rankings
 from jaxgpt.data.records import Paths
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -59,18 +59,22 @@ class PreferenceRows:
 def load_preferences(
     paths: Paths, tokenizer: Tokenizer, context: int, responses: int, pairs: Pairs = "all", section: str = "dpo"
 ) -> PreferenceRows:
-    """Reads rankings and pairs as `load_rankings` does, and raises what it raises.
+    """Reads rankings and pairs as `load_rankings` does, and raises what it and `preferences` raise."""
+    return preferences(load_rankings(paths, tokenizer, context, responses, section), pairs)
 
-    Raises UserError with file and line also where a response has no token that the template marks as the assistant's.
+
+def preferences(rows: RankingRows, pairs: Pairs = "all") -> PreferenceRows:
+    """Rankings as a policy's rows.
+
+    Raises UserError with file and line where a response has no token that the template marks as the assistant's.
     """
-    rankings = load_rankings(paths, tokenizer, context, responses, section).rankings
-    for ranking in rankings:
+    for ranking in rows.rankings:
         for number, span in enumerate(ranking.spans):
             if not span[1:].any():
                 raise UserError(
                     f"{ranking.where}: the chat template marks no token of response {number + 1} as the assistant's"
                 )
-    return PreferenceRows(rankings, context, pairs)
+    return PreferenceRows(rows.rankings, rows.context, pairs)
 
 
 def _extremes(ranks: Sequence[int]) -> tuple[int, int]:

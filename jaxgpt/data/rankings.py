@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from jaxgpt.config.schema import Rankings
 from jaxgpt.data.chat import Message
 from jaxgpt.data.conversations import as_messages, messages_under, render_record
 from jaxgpt.data.records import Paths, Record, read_jsonl
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+
+WIDTH = 32
+"""Rows are as wide as the longest of them needs, in units of so many tokens."""
+SOURCES = ("subset", "kind", "source")
+"""Keys of what a record is one of; the first that it has counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +34,25 @@ class Ranking:
 
     where: str
     prompt: str
+    """The messages before the responses, as JSON: [[role, content], ...]."""
     ids: tuple[np.ndarray, ...]
     spans: tuple[np.ndarray, ...]
     ranks: tuple[int, ...]
     kind: str | None
+    margin: float = 0.0
+    """By how much the winner of each of its pairs has to win, in units of the score."""
+
+    @property
+    def messages(self) -> list[Message]:
+        """The prompt."""
+        return [{"role": role, "content": content} for role, content in json.loads(self.prompt)]
 
 
 class RankingRows:
-    """Rankings as rows: `rows[i]` is {"tokens": [K, context], "lengths": [K], "ranks": [K]}, all int32.
+    """Rankings as rows: `rows[i]` is {"tokens": [K, context], "lengths": [K], "ranks": [K], "margin": []}.
 
-    A ranking of fewer than K responses has length 0 and rank 0 for the ones it lacks. Padding tokens are 0.
+    All int32, the margin float32. A ranking of fewer than K responses has length 0 and rank 0 for the ones it lacks.
+    Padding tokens are 0.
     """
 
     def __init__(self, rankings: Sequence[Ranking], context: int, responses: int):
@@ -55,22 +72,74 @@ class RankingRows:
         for number, ids in enumerate(ranking.ids):
             tokens[number, : len(ids)] = ids
             lengths[number] = len(ids)
-        return {"tokens": tokens, "lengths": lengths, "ranks": ranks}
+        return {"tokens": tokens, "lengths": lengths, "ranks": ranks, "margin": np.array(ranking.margin, np.float32)}
 
 
 def load_rankings(
-    paths: Paths, tokenizer: Tokenizer, context: int, responses: int, section: str = "reward"
+    paths: Paths,
+    tokenizer: Tokenizer,
+    context: int,
+    responses: int | None,
+    section: str = "reward",
+    ties: Literal["drop", "half"] = "drop",
 ) -> RankingRows:
-    """Reads rankings {"prompt", "responses", "ranks"} and pairs {"prompt", "chosen", "rejected"}.
+    """Reads rankings {"prompt", "responses", "ranks"} and pairs {"prompt", "chosen", "rejected"}, either with "margin".
 
-    A prompt is a string or a list of messages. Raises UserError with file and line where ranks and responses do not
-    match, nothing is preferred, there are more than `responses`, or one does not fit the context with its prompt;
-    `section` is the config section that the message points to.
+    A prompt is a string or a list of messages. The responses may be whole conversations, which begin with the prompt;
+    where that is not given, it is the messages that all begin with. Rows are as wide as the longest needs, and have as
+    many responses. Raises UserError with file and line where ranks and responses do not match, nothing is preferred
+    (unless ties count: "half"), there are more than `responses`, where that is given, or one does not fit the context
+    with its prompt; `section` is the config section that the message points to.
     """
-    rankings = [_ranking(record, tokenizer, context, responses, section) for record in read_jsonl(paths)]
+    rankings = [_ranking(record, tokenizer, context, responses, section, ties) for record in read_jsonl(paths)]
     if not rankings:
         raise UserError(f"{paths}: no rankings; each line is one JSON object")
-    return RankingRows(rankings, context, responses)
+    return _rows(rankings, context)
+
+
+def load_split(
+    data: Rankings,
+    resolve: Callable[[str | tuple[str, ...]], list[str]],
+    tokenizer: Tokenizer,
+    context: int,
+    responses: int,
+    section: str = "reward",
+    ties: Literal["drop", "half"] = "drop",
+) -> tuple[RankingRows, RankingRows | None]:
+    """Reads the training and the held-out rankings of a config section; `resolve` completes its paths.
+
+    Raises UserError as `load_rankings` and `check_split` do, and where a share of the prompts is to be held out of a
+    file that has but one.
+    """
+    rows = load_rankings(resolve(data.path), tokenizer, context, responses, section, ties)
+    if data.eval_path is not None:
+        test = load_rankings(resolve(data.eval_path), tokenizer, context, responses, section, ties)
+        check_split(rows, test)
+        return rows, test
+    if data.val_fraction == 0:
+        return rows, None
+    held = held_prompts([ranking.prompt for ranking in rows.rankings], data.val_fraction)
+    if not held:
+        raise UserError(
+            f"{section}.data.val_fraction is {data.val_fraction}, and all rankings are of one prompt, which cannot "
+            "stand on both sides; set it to 0"
+        )
+    sides = [[r for r in rows.rankings if (r.prompt in held) == side] for side in (False, True)]
+    return _rows(sides[0], context), _rows(sides[1], context)
+
+
+def held_prompts(prompts: Sequence[str], fraction: float) -> set[str]:
+    """The prompts whose hash falls in the fraction, at least one and not all; none where there is but one prompt."""
+    hashes = {prompt: hashlib.sha256(prompt.encode()).digest()[:8] for prompt in prompts}
+    order = sorted(hashes, key=hashes.__getitem__)
+    below = sum(int.from_bytes(hashes[prompt], "big") < fraction * 2**64 for prompt in order)
+    return set(order[: min(max(below, 1), len(order) - 1)])
+
+
+def _rows(rankings: Sequence[Ranking], context: int) -> RankingRows:
+    longest = max(len(ids) for ranking in rankings for ids in ranking.ids)
+    width = min(-(-longest // WIDTH) * WIDTH, context)
+    return RankingRows(rankings, width, max(len(ranking.ranks) for ranking in rankings))
 
 
 def check_split(train: RankingRows, held_out: RankingRows) -> None:
@@ -85,10 +154,12 @@ def check_split(train: RankingRows, held_out: RankingRows) -> None:
         )
 
 
-def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int, section: str) -> Ranking:
-    prompt = _prompt(record)
-    replies, ranks = _replies(record)
-    if len(replies) > most:
+def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int | None, section: str, ties: str) -> Ranking:
+    prompt, replies, ranks = _parts(record)
+    if len(set(ranks)) == 1 and ties == "drop":
+        or_else = ", or set reward.ties=half" if section == "reward" else ""
+        raise UserError(f"{record.where}: all ranks are equal, so no response is preferred; drop the line{or_else}")
+    if most is not None and len(replies) > most:
         raise UserError(
             f"{record.where}: {len(replies)} responses, {section}.responses is {most}; raise it or drop some"
         )
@@ -105,35 +176,59 @@ def _ranking(record: Record, tokenizer: Tokenizer, context: int, most: int, sect
         shared = sum(1 for _ in takewhile(lambda two: two[0] == two[1], zip(asked, ids, strict=False)))
         rendered.append(np.array(ids, np.int32))
         spans.append(np.array([0] * shared + mask[shared:], np.uint8))
-    kind = record.value.get("kind")
     key = json.dumps([[message["role"], message["content"]] for message in prompt], ensure_ascii=False)
-    kind = kind if isinstance(kind, str) else None
-    return Ranking(record.where, key, tuple(rendered), tuple(spans), tuple(ranks), kind)
+    kind = next((found for name in SOURCES if isinstance(found := record.value.get(name), str)), None)
+    return Ranking(record.where, key, tuple(rendered), tuple(spans), tuple(ranks), kind, _margin(record))
 
 
-def _prompt(record: Record) -> list[Message]:
-    if "prompt" not in record.value:
-        record.text("prompt")  # raises, with the keys that are there
-    return messages_under(record, "prompt")
+def _margin(record: Record) -> float:
+    margin = record.value.get("margin")
+    if margin is None:
+        return 0.0
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not math.isfinite(margin):
+        raise UserError(f'{record.where}: "margin" is {margin!r:.40}, expected a number')
+    return float(margin)
 
 
-def _replies(record: Record) -> tuple[list[list[Message]], list[int]]:
-    """The responses, each as the messages that follow the prompt, and their ranks."""
+def _parts(record: Record) -> tuple[list[Message], list[list[Message]], list[int]]:
+    """The prompt; the responses, each as the messages that follow it; their ranks."""
     value = record.value
     if "chosen" in value and "rejected" in value:
-        replies, ranks = [value["chosen"], value["rejected"]], [1, 2]
+        names, replies, ranks = ('"chosen"', '"rejected"'), [value["chosen"], value["rejected"]], [1, 2]
     elif "responses" in value and "ranks" in value:
         replies, ranks = value["responses"], value["ranks"]
+        if not isinstance(replies, list) or len(replies) < 2:
+            raise UserError(f'{record.where}: "responses" is {replies!r:.40}, expected a list of at least two')
+        names = tuple(f'"responses"[{number}]' for number in range(len(replies)))
     else:
         found = ", ".join(f'"{key}"' for key in value)
         raise UserError(
             f'{record.where}: needs "responses" and "ranks", or "chosen" and "rejected"; the record has {found}'
         )
-    if not isinstance(replies, list) or len(replies) < 2:
-        raise UserError(f'{record.where}: "responses" is {replies!r:.40}, expected a list of at least two')
     _check_ranks(record, ranks, len(replies))
-    where = f"{record.where}: a response"
-    return [as_messages(reply, where, "assistant") for reply in replies], ranks
+    if "prompt" not in value and any(isinstance(reply, str) for reply in replies):
+        record.text("prompt")  # raises, with the keys that are there
+    said = [
+        as_messages(reply, f"{record.where}: {name}", "assistant") for name, reply in zip(names, replies, strict=True)
+    ]
+    shared, shortest = _shared(said), min(map(len, said))
+    if "prompt" in value:
+        prompt = messages_under(record, "prompt")
+        whole = len(prompt) < shortest and _shared([prompt, *said]) == len(prompt)
+        return prompt, [messages[len(prompt) :] for messages in said] if whole else said, ranks
+    if not shared or shortest == shared:
+        what = "no message in common" if not shared else "nothing behind the messages that all have in common"
+        raise UserError(
+            f'{record.where}: there is no "prompt", and the responses have {what}; give the prompt, or whole '
+            "conversations that begin alike and end differently"
+        )
+    return said[0][:shared], [messages[shared:] for messages in said], ranks
+
+
+def _shared(conversations: Sequence[Sequence[Message]]) -> int:
+    """How many messages all conversations begin with."""
+    pairs = [[(message["role"], message["content"]) for message in messages] for messages in conversations]
+    return next((at for at, turns in enumerate(zip(*pairs, strict=False)) if len(set(turns)) > 1), min(map(len, pairs)))
 
 
 def _check_ranks(record: Record, ranks: Any, count: int) -> None:
@@ -146,5 +241,3 @@ def _check_ranks(record: Record, ranks: Any, count: int) -> None:
             f'{record.where}: "ranks" has {len(ranks)} entries for {count} responses; give each response one rank, '
             "1 the best"
         )
-    if len(set(ranks)) == 1:
-        raise UserError(f"{record.where}: all ranks are equal, so no response is preferred; drop the line")

@@ -1,4 +1,4 @@
-"""One finished model measured on tasks and texts: the verb `eval` for a run's folder.
+"""One finished model measured on tasks and texts, a reward model on rankings: the verb `eval` for a run's folder.
 
 Reads the run's folder and the user's files; writes runs/<run>/evaluate/<stage>-<what>.json, and a table to standard
 output. What is imported here comes without jax, so that mistakes are told at once.
@@ -12,7 +12,7 @@ import json
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from rich.table import Table
 from jaxgpt.config.options import Measures
 from jaxgpt.data.records import expand, read_texts
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.evaluate.ranked import judging, measure_rankings, ranking_rows
 from jaxgpt.runs import find_stage
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def check(run: Path, wanted: Measures, command: str) -> None:
 
     `command` is what the user wrote behind `jaxgpt`, for the answer to a missing lm-eval.
     """
-    for pattern in wanted.text:
+    for pattern in (*wanted.text, *wanted.rankings):
         expand(pattern)
     for task in wanted.tasks:
         path = Path(task)
@@ -50,10 +51,10 @@ def check(run: Path, wanted: Measures, command: str) -> None:
 
 
 def measure(run: Path, wanted: Measures) -> int:
-    """Measures what is asked for, a table and a file for each task and text; returns 0.
+    """Measures what is asked for, tables, and a file for each task, text and set of rankings; returns 0.
 
     Raises UserError for what `check` could not know: a task that lm-eval does not have, a model that gives text no
-    probability.
+    probability, or responses no score.
     """
     tasks = None
     console = Console(highlight=False, soft_wrap=True)
@@ -65,17 +66,28 @@ def measure(run: Path, wanted: Measures) -> int:
     from jaxgpt.api import keep_compiled, load
 
     keep_compiled()
-    model = load(run, wanted.stage, wanted.mesh)
+    written = []
+    if wanted.text or wanted.tasks:
+        model = load(run, wanted.stage, wanted.mesh)
+        written += _told(model, itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks)), console)
+    if wanted.rankings:
+        judge = load(run, judging(run, wanted.stage), wanted.mesh)
+        written += _told(judge, measure_rankings(judge, wanted), console)
+    for path in written:
+        console.print(str(path), style="dim")
+    return 0
+
+
+def _told(model: Model, results: Iterable[tuple[str, Results]], console: Console) -> list[Path]:
+    """Prints a table of one model's results; writes a file for each, and gives their paths."""
     table = Table("", "metric", "value", "±", title=str(model.folder), title_justify="left", box=None)
     written = []
-    for what, found in itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks)):
+    for what, found in results:
         for i, (metric, value, error) in enumerate(_rows(found)):
             table.add_row("" if i else what, metric, _number(value), _number(error))
         written.append(_write(model, what, found))
     console.print(table)
-    for path in written:
-        console.print(str(path), style="dim")
-    return 0
+    return written
 
 
 def _texts(model: Model, wanted: Measures) -> Iterator[tuple[str, Results]]:
@@ -120,8 +132,11 @@ def _tasks(model: Model, wanted: Measures, tasks: Any) -> Iterator[tuple[str, Re
         )
 
 
-def _rows(found: Results) -> Iterator[tuple[str, float, float | None]]:
+def _rows(found: Results) -> Iterator[tuple[str, float | None, float | None]]:
     """(metric, value, standard error) as the table shows them."""
+    if "rankings" in found:
+        yield from ranking_rows(found)
+        return
     if "text" in found:
         for key in ("perplexity", "bits_per_byte", "tokens", "bytes"):
             yield key.replace("_", " "), found[key], None

@@ -5,6 +5,7 @@ Reads the run's folder and the clock.
 
 from __future__ import annotations
 
+import functools
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from jaxgpt.api import Model, load
 from jaxgpt.config.schema import Config, EvaluateConfig, ExactReward, MeshConfig, NumberReward
 from jaxgpt.data.chat import render
 from jaxgpt.data.prompts import PromptRows, load_prompts
-from jaxgpt.data.rankings import load_rankings
+from jaxgpt.data.rankings import load_split
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.answers import (
@@ -31,7 +32,7 @@ from jaxgpt.evaluate.answers import (
     rewards,
     win_rate,
 )
-from jaxgpt.evaluate.rewards import reward_accuracy
+from jaxgpt.evaluate.rewards import reward_report, score_pairs
 from jaxgpt.graders import check_record, grader, load_scorer
 from jaxgpt.runs import ALIGNED, STAGES, is_finished, resolved
 
@@ -143,13 +144,13 @@ class Suite:
         return kl_from(self.models["sft"], answers, self.c.temperature, self.c.batch)
 
     def _reward(self, model: Model) -> dict[str, Any]:
-        config = self.config.reward
-        if config is None or config.data is None or config.data.eval_path is None:
+        c = self.config.reward
+        if c is None or c.data is None or not c.data.measured:
             return {}
-        paths = resolved(self.config, config.data.eval_path)
-        rows = load_rankings(paths, model.tokenizer, config.context, config.responses)
-        kinds = [ranking.kind or "all" for ranking in rows.rankings]
-        return reward_accuracy(model, rows, kinds, self.c.batch)
+        resolve = functools.partial(resolved, self.config)
+        _, rows = load_split(c.data, resolve, model.tokenizer, c.context, c.responses, "reward", c.ties)
+        assert rows is not None
+        return reward_report(score_pairs(model, rows, self.c.batch), model.gain)
 
     def _samples(self) -> list[dict[str, str]]:
         prompts, c = list(self.c.samples), self.c

@@ -105,8 +105,10 @@ def line_chart(
     floor: float | None = None,
     ceiling: float | None = None,
     span: int = 1,
+    x_title: str = "updates",
+    x_ends: tuple[float, float] | None = None,
 ) -> Markup:
-    """A figure of `lines` over the steps, `span` of three columns wide.
+    """A figure of `lines` over the steps, `span` of three columns wide; or over what `x_title` says, between `x_ends`.
 
     Lines without points are left out, and a chart without lines is empty.
     """
@@ -114,23 +116,22 @@ def line_chart(
     if not lines:
         return Markup("")
     values = [value for line in lines for _, value in line.points]
-    steps = [step for line in lines for step, _ in line.points]
-    y = y_scale(values, log, floor, ceiling)
-    x = Scale(min(0, *steps) if len(steps) > 1 else 0, max(max(steps), 1))
+    y, x = y_scale(values, log, floor, ceiling), _steps(lines) if x_ends is None else Scale(*x_ends)
     y_ticks = log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high)
     x_ticks = ticks(x.low, x.high, 5)
     grid = "".join(f"M0 {SIDE - y.at(tick):.1f}H{SIDE:.0f}" for tick in y_ticks)
     drawn = "".join(_path(line, x, y) for line in lines)
     scale = f"{', log scale' if y.log else ''}"
     return Markup(
-        '<figure class="chart span{span}" data-x="{x0} {x1}" data-y="{y0} {y1} {log}">'
+        '<figure class="chart span{span}" data-of="{x_title}" data-x="{x0} {x1}" data-y="{y0} {y1} {log}">'
         '<figcaption><b>{title}</b> <span class="unit">{unit}{scale}</span>{legend}</figcaption>'
         '<div class="frame"><div class="y-axis">{y_labels}</div>'
         '<div class="plot"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{label}">'
         '<path class="grid" d="{grid}"/>{drawn}</svg></div>'
-        '<div class="x-axis">{x_labels}</div></div></figure>'
+        '<div class="x-axis" data-title="{x_title}">{x_labels}</div></div></figure>'
     ).format(
         span=span,
+        x_title=x_title,
         x0=x.low,
         x1=x.high,
         y0=y.low,
@@ -141,11 +142,21 @@ def line_chart(
         scale=scale,
         legend=_legend(lines),
         y_labels=_labels(y, y_ticks, "bottom"),
-        label=f"{title}{', ' * bool(unit)}{unit}, over {x.high:.0f} steps: {_in_words(lines)}",
+        label=f"{title}{', ' * bool(unit)}{unit}, {_reach(x, x_title)}: {_in_words(lines)}",
         grid=grid,
         drawn=Markup(drawn),
         x_labels=_labels(x, x_ticks, "left"),
     )
+
+
+def _steps(lines: Sequence[Line]) -> Scale:
+    """From 0 to the last step."""
+    steps = [step for line in lines for step, _ in line.points]
+    return Scale(min(0, *steps) if len(steps) > 1 else 0, max(max(steps), 1))
+
+
+def _reach(x: Scale, title: str) -> str:
+    return f"over {x.high:.0f} steps" if title == "updates" else f"over {title} from {x.low:.3g} to {x.high:.3g}"
 
 
 def _path(line: Line, x: Scale, y: Scale) -> str:

@@ -17,7 +17,7 @@ import yaml
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.runs import ALIGNED, STAGES
 
-Point = tuple[int, float]  # (step, value)
+Point = tuple[float, float]  # (step, value)
 
 
 @dataclass(frozen=True)

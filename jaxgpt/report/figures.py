@@ -75,7 +75,9 @@ def key_result(figures: Mapping[str, Any], name: str) -> str:
         exact = [f"{kind} {percent(value)}" for kind, value in found.get("heldout_exact", {}).items()]
         return f"exact on held-out {', '.join(exact)}" if exact else _loss(found)
     if name == "reward":
-        return f"{percent(found.get('heldout_accuracy'), 1)} of held-out pairs right"
+        right = f"{percent(found.get('heldout_accuracy'), 1)} of held-out pairs right"
+        ece = found.get("calibration", {}).get("ece")
+        return right if ece is None else f"{right}, calibration error {decimal(ece, 3)}"
     parts = []
     if found.get("heldout_accuracy") is not None:
         parts.append(f"{percent(found['heldout_accuracy'], 1)} of held-out pairs right")
@@ -104,8 +106,8 @@ def _sft(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
 def _reward(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
     found = results.get("reward") or {}
     accuracy = found.get("accuracy", stage.measured("accuracy"))
-    by_margin, by_kind = found.get("by_margin"), found.get("by_kind")
-    return _present(heldout_accuracy=accuracy, by_margin=by_margin, by_kind=by_kind)
+    names = ("error", "best", "pairs", "by_margin", "by_kind", "pairs_by_kind", "calibration", "scores")
+    return _present(heldout_accuracy=accuracy, **{name: found.get(name) for name in names})
 
 
 def _aligned(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from jaxgpt.report import numbers
 from jaxgpt.report.charts import Line, line_chart, smooth
 from jaxgpt.report.collect import Run, Stage, read_run
 from jaxgpt.report.figures import TITLES, key_result, report_figures
+from jaxgpt.report.judged import margins, reward_charts
 from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
@@ -131,8 +132,9 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         prompts=run.results.get("prompts"),
         tax=[table for name in ALIGNED for table in _tax_tables(figures, name)],
         stages=[_stage_view(figures, stage) for stage in run.stages.values()],
-        margins=_margins(figures.get("reward", {}).get("by_margin") or []),
+        margins=margins(figures.get("reward", {}).get("by_margin") or []),
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
+        reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
@@ -280,22 +282,6 @@ def _table(
     return {"title": title, "rows": placed, "zero": place(0.0), "share": share, "columns": columns, "asked": asked}
 
 
-def _margins(bins: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Bars of accuracy by the distance of the gold scores; empty bins are left out."""
-    rows = []
-    for item in bins:
-        if not item.get("pairs") or item.get("accuracy") is None:
-            continue
-        low, high = item.get("low"), item.get("high")
-        label = (
-            f"{numbers.decimal(low, 1)} to {numbers.decimal(high, 1)}"
-            if high is not None
-            else f"over {numbers.decimal(low, 1)}"
-        )
-        rows.append({"label": label, "pairs": item["pairs"], "accuracy": item["accuracy"]})
-    return rows
-
-
 def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     waits = [value for _, value in stage.curve("time/wait")]
     skipped = [value for _, value in stage.curve("skipped")]
@@ -312,6 +298,8 @@ def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
     if skipped and skipped[-1]:
         facts.append(("Updates skipped", numbers.count(skipped[-1])))
     charts = [drawn for chart in CHARTS[stage.name] if (drawn := _draw(stage, chart))]
+    if stage.name == "reward":
+        charts += reward_charts(figures["reward"])
     return {
         "id": stage.name,
         "title": TITLES[stage.name],

@@ -13,8 +13,8 @@ from jax import P
 
 from jaxgpt.config.schema import DpoConfig
 from jaxgpt.data.mixture import Batches, ordered, single
-from jaxgpt.data.preferences import PreferenceRows, load_preferences
-from jaxgpt.data.rankings import check_split
+from jaxgpt.data.preferences import PreferenceRows, preferences
+from jaxgpt.data.rankings import load_split
 from jaxgpt.losses import Metrics, Ratio, dpo, sequence_logp, token_logp
 from jaxgpt.mesh import BATCH, check_batch
 from jaxgpt.models.heads import LanguageModel, language_model
@@ -109,15 +109,8 @@ class WithReference:
 def load(run: Run, config: DpoConfig) -> tuple[PreferenceRows, PreferenceRows | None]:
     """The training and held-out rankings. Raises UserError naming the record that cannot be used."""
     assert config.data is not None
-    data = config.data
-
-    def rows(given: str | tuple[str, ...]) -> PreferenceRows:
-        return load_preferences(run.paths(given), run.tokenizer, config.context, config.responses, config.pairs)
-
-    train, test = rows(data.path), None if data.eval_path is None else rows(data.eval_path)
-    if test is not None:
-        check_split(train, test)
-    return train, test
+    train, test = load_split(config.data, run.paths, run.tokenizer, config.context, config.responses, "dpo")
+    return preferences(train, config.pairs), None if test is None else preferences(test, config.pairs)
 
 
 def stage(run: Run, config: DpoConfig) -> Stage:
@@ -150,7 +143,7 @@ def stage(run: Run, config: DpoConfig) -> Stage:
         tx=adamw(config.optimizer, config.steps),
         schedule=schedule(config.optimizer, config.steps),
         steps=config.steps,
-        tokens_per_step=config.batch * rows.responses * config.context,
+        tokens_per_step=config.batch * rows.responses * rows.context,
         evaluate=evaluate,
         quality=lambda figures: figures["rewards/accuracies"],
         frozen=model.frozen,

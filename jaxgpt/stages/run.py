@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxgpt.config.schema import Config, LoraConfig, ModelConfig
 from jaxgpt.data.mixture import Batches
@@ -183,6 +184,12 @@ class FromData:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
+
+
+def put_whole(batch: Mapping[str, np.ndarray], run: Run) -> dict[str, jax.Array]:
+    """A batch that every host has whole, over all devices."""
+    host, hosts = run.hosts
+    return put_batch({name: x[host * (len(x) // hosts) :][: len(x) // hosts] for name, x in batch.items()}, run.mesh)
 
 
 def held_out(batches: Batches, most: int, mesh: jax.sharding.Mesh) -> list[Mapping[str, jax.Array]]:

@@ -75,6 +75,8 @@ class Stage:
     """The parameters that are handed on."""
     beside: Callable[[State], Mapping[str, Params]] = lambda state: {}
     """Others to keep, each in a folder of its name beside params/."""
+    known: Callable[[], Mapping[str, Any]] = dict
+    """What is kept beside those, as JSON; asked after `finish`."""
     notes: tuple[str, ...] = ()
     """What there is to say of the data before training."""
     close: Callable[[], None] = lambda: None
@@ -271,7 +273,7 @@ def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: M
     done = {
         "step": int(state.step),
         "trained": stage.steps,
-        "fingerprint": save_params(folder / "params", params, meta),
+        "fingerprint": save_params(folder / "params", params, {**meta, **stage.known()}),
         "seconds": round(session.clock.seconds, 3),
         "tokens": stage.steps * stage.tokens_per_step,
         "params": count(params),

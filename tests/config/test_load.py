@@ -214,7 +214,7 @@ def test_a_key_at_the_wrong_depth_is_told_the_right_one():
         ("sft.steps=true", "found true, expected a whole number, 1 or more"),
         ("sft.steps={a: 1}", "found {a: 1}, expected a whole number, 1 or more"),
         ("sft.batch=0", "found 0, expected a whole number, 1 or more"),
-        ("reward.steps=-1", "found -1, expected a whole number, 1 or more"),
+        ("reward.epochs=-1", "found -1, expected a whole number, 1 or more"),
         ("sft.dropout=1", "found 1, expected a number from 0 to below 1"),
         ("sft.optimizer.b1=2", "found 2, expected a number from 0 to below 1"),
         ("sft.optimizer.lr=yes", "found 'yes', expected a number above 0"),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxgpt.config.schema import TokenizerConfig
-from jaxgpt.data.conversations import Example, PackedConversations, best_fit, load_conversations
+from jaxgpt.data.conversations import Example, PackedConversations, best_fit, load_conversations, load_demonstrations
 from jaxgpt.data.meadow.sources import documents
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.errors import UserError
@@ -54,6 +54,18 @@ def test_the_end_is_trained_where_it_is_the_padding_too(tokenizer: Tokenizer, tm
     row = PackedConversations([example], 64)[0]
     assert row["targets"][row["mask"] == 1].tolist() == [*padded.encode("I am."), padded.pad]
     assert row["mask"][row["segments"] == 0].sum() == 0
+
+
+def test_a_demonstration_ends_with_the_assistants_last_word(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    long, asked = talk("Hello!", "The fox. " * 40), talk("Who?", "I am.", "Why?")
+    path = write(tmp_path / "a.jsonl", talk("Who?", "I am."), long, asked, talk("Hello?"))
+    kept, left = load_demonstrations(path, tokenizer, 64)
+    (example,) = load_conversations(write(tmp_path / "b.jsonl", talk("Who?", "I am.")), tokenizer, 64)
+    assert [ids.tolist() for ids in kept] == [example.ids.tolist()] * 2 and left == 1
+    with pytest.raises(UserError, match=r"no demonstrations: all 1 have more than reward\.context=64 tokens"):
+        load_demonstrations(write(tmp_path / "c.jsonl", long), tokenizer, 64)
+    with pytest.raises(UserError, match="no demonstrations: none has an assistant turn"):
+        load_demonstrations(write(tmp_path / "d.jsonl", talk("Hello?")), tokenizer, 64)
 
 
 def test_three_spellings_of_a_record_are_one_conversation(tokenizer: Tokenizer, tmp_path: Path) -> None:

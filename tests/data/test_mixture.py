@@ -70,6 +70,19 @@ def test_every_row_comes_once_per_epoch_in_another_order():
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_a_number_of_epochs_has_each_row_once_in_each():
+    batches = Batches(single(rows("web", 10), seed=0, epochs=3), 8)
+    endless = Batches(single(rows("web", 10), seed=0), 8)
+    assert len(batches) == 4
+    drawn = np.concatenate([batches[n]["tokens"] for n in range(4)])
+    assert not drawn[30:].any()
+    for epoch in range(3):
+        part = drawn[10 * epoch : 10 * epoch + 10]
+        assert len({row.tobytes() for row in part}) == 10
+    assert not (drawn[:10] == drawn[10:20]).all()
+    assert all((batches[n]["tokens"] == endless[n]["tokens"]).all() for n in range(3))
+
+
 def test_sources_of_one_length_have_unrelated_orders():
     draws = mixture({"web": rows("web", 50), "code": rows("code", 50)}, {"web": 1, "code": 1}, seed=0)
     firsts = np.array([draws[k]["tokens"][0] for k in range(100)])

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from local_tasks import CHOICES, write_tasks
 from tiny_run import load_once, make_run
@@ -29,6 +30,11 @@ def home(tmp_path_factory) -> Path:
     (home / "book.txt").write_text(TEXT)
     (home / "more.jsonl").write_text('{"text": "It is black."}\n{"text": "Tell me."}\n{"text": "A story."}\n')
     (home / "empty.txt").write_text("")
+    ranked = [{"prompt": "What is the cat?", "chosen": "It is black.", "rejected": f"A {n} dog."} for n in range(4)]
+    ranked[2] = {"prompt": "Tell me.", "responses": ["One.", "Two.", "Three."], "ranks": [2, 1, 3]}
+    ranked = [{**record, "subset": "ab"[n % 2]} for n, record in enumerate(ranked)]
+    (home / "judged").mkdir()
+    (home / "judged" / "ranked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in ranked))
     return home
 
 
@@ -57,6 +63,32 @@ def test_texts_are_measured_each_by_itself(home):
     assert not list((home / "runs/tiny/evaluate").glob("*.part"))
 
 
+def test_a_reward_model_is_measured_on_rankings_by_subset(home, monkeypatch, capsys):
+    monkeypatch.chdir(home)
+    assert main(["eval", "runs/tiny", "rankings=judged/ranked.jsonl", "batch=3"]) == 0
+    shown = capsys.readouterr().out
+    assert "runs/tiny/reward" in shown and "mean of subsets" in shown and "best response on top" in shown
+    found = written(home, "reward-ranked.jsonl")
+    model = load_once(home / "runs/tiny/reward")
+    talks = [
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        for prompt, responses in (
+            ("What is the cat?", ["It is black.", "A 0 dog.", "A 1 dog.", "A 3 dog."]),
+            ("Tell me.", ["One.", "Two.", "Three."]),
+        )
+        for response in responses
+    ]
+    black, zero, one, three, first, second, third = model.score(talks)
+    a, b = [black > zero, second > first, second > third, first > third], [black > one, black > three]
+    assert found["subsets"]["a"]["accuracy"] == pytest.approx(np.mean(a)) and found["subsets"]["b"]["pairs"] == 2
+    assert found["mean"] == pytest.approx((np.mean(a) + np.mean(b)) / 2)
+    assert found["accuracy"] == pytest.approx(np.mean(a + b)) and found["pairs"] == 6
+    best = np.mean([black > zero, black > one, second > max(first, third), black > three])
+    assert found["best"] == pytest.approx(best)
+    assert main(["eval", "runs/tiny", "rankings=judged/ranked.jsonl", "limit=2"]) == 0
+    assert written(home, "reward-ranked.jsonl")["pairs"] == 2
+
+
 @NEEDS_LM_EVAL
 def test_local_tasks_are_measured_offline(home):
     tasks = "tasks/choice.yaml,tasks/generation.yaml,tasks/rolling.yaml"
@@ -80,7 +112,11 @@ def test_an_unknown_task_is_answered_with_the_nearest_before_a_model_is_loaded(h
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["runs/tiny"], "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt"),
+        (["runs/tiny"], "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt, or for a rew"),
+        (
+            ["runs/tiny", "rankings=judged/rankd.jsonl"],
+            "judged/rankd.jsonl does not exist. Did you mean 'ranked.jsonl'?",
+        ),
         (
             ["runs/tiny", "txt=book.txt"],
             "txt (set by 'txt=book.txt'): no such field. Did you mean 'text'? Fields: tasks",
@@ -138,7 +174,14 @@ def test_without_lm_eval_its_extra_is_named(home, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [(["stage=reward"], "holds a reward model"), (["text=empty.txt"], "empty.txt: there is no text in it")],
+    [
+        (["stage=reward"], "holds a reward model"),
+        (["text=empty.txt"], "empty.txt: there is no text in it"),
+        (
+            ["stage=sft", "text=", "rankings=judged/ranked.jsonl"],
+            "holds a language model; rankings needs a reward model",
+        ),
+    ],
 )
 def test_what_only_the_model_can_tell_is_told_too(home, words, said, monkeypatch, capsys):
     monkeypatch.chdir(home)

@@ -71,6 +71,21 @@ RESULTS: dict[str, Any] = {
             {"low": 4.0, "high": 5.0, "pairs": 0, "accuracy": None},
         ],
         "by_kind": {"facts": 0.86, "stories": 0.9, "sums": 0.79, "opposites": 0.95},
+        "pairs_by_kind": {"facts": 210, "stories": 420, "sums": 240, "opposites": 82},
+        "calibration": {
+            "bins": [
+                {"low": 0.5, "high": 0.55, "pairs": 60, "confidence": 0.52, "accuracy": 0.55},
+                {"low": 0.7, "high": 0.75, "pairs": 130, "confidence": 0.73, "accuracy": 0.69},
+                {"low": 0.95, "high": 1.0, "pairs": 762, "confidence": 0.98, "accuracy": 0.93},
+            ],
+            "ece": 0.0473,
+            "slope": 0.81,
+        },
+        "scores": {
+            "edges": [-2.0, -1.0, 0.0, 1.0, 2.0],
+            "chosen": {"counts": [52, 200, 400, 300], "mean": 0.62, "std": 0.9},
+            "rejected": {"counts": [320, 380, 200, 52], "mean": -0.55, "std": 0.95},
+        },
     },
     "samples": [
         {
