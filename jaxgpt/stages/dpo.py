@@ -116,6 +116,7 @@ def load(run: Run, config: DpoConfig) -> tuple[PreferenceRows, PreferenceRows | 
     train, test = rows(data.path), None if data.eval_path is None else rows(data.eval_path)
     if test is not None:
         check_split(train, test)
+        train.responses = test.responses = max(train.responses, test.responses)  # one program reads both
     return train, test
 
 

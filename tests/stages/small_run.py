@@ -62,7 +62,7 @@ def small_tokenizer(home: Path) -> Tokenizer:
 
 
 def config(runs: Path, **changes: dict[str, Any]) -> Config:
-    """All four stages; `changes` are laid over the sections of their names."""
+    """All four stages and DPO; `changes` are laid over the sections of their names."""
     sections: dict[str, Any] = {
         "model": {"width": 16, "layers": 1, "context": 32, "attention": {"heads": 2}, "mlp": {"width": 16}},
         "data": {"path": "{run}/text.jsonl", "val_fraction": 0.1},
@@ -89,8 +89,14 @@ def config(runs: Path, **changes: dict[str, Any]) -> Config:
             "response_length": 6,
             "data": {"path": "{run}/prompts.jsonl"},
         },
+        "dpo": {
+            "steps": 12,
+            "batch": 8,
+            "context": 32,
+            "data": {"path": "{run}/rankings.jsonl", "eval_path": "{run}/rankings_eval.jsonl"},
+        },
     }
-    for name in ("pretrain", "sft", "reward", "ppo"):
+    for name in ("pretrain", "sft", "reward", "ppo", "dpo"):
         sections[name] |= {"optimizer": OPTIMIZER}
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values

@@ -4,10 +4,10 @@ import jax
 import pytest
 from small_run import config, finished, first_state, mesh_of, open_run
 
-from jaxgpt.stages import ppo, pretrain, reward, sft
+from jaxgpt.stages import dpo, ppo, pretrain, reward, sft
 from jaxgpt.train.step import make_step
 
-MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage}
+MAKE = {"pretrain": pretrain.stage, "sft": sft.stage, "reward": reward.stage, "ppo": ppo.stage, "dpo": dpo.stage}
 
 
 @pytest.mark.parametrize("name", MAKE)
@@ -29,5 +29,7 @@ def test_each_stage_compiles_each_program_once(home, name, shape):
         programs = [step]
         if name == "ppo":
             programs += [stage.source._respond, stage.source._experience]
+        if name == "dpo":
+            programs += [stage.source._logp]
         stage.close()
     assert [program._cache_size() for program in programs] == [1] * len(programs)
