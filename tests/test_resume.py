@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
 CONFIG = """
 name: small
 prepare: {documents: 300, instructions: 60, rankings: 40, prompts: 40, held_out: 16}
@@ -55,6 +55,13 @@ ppo:
   checkpoint: {every: 4}
   kl: {controller: adaptive, horizon: 100}
   data: {path: "{run}/data/prompts.jsonl"}
+dpo:
+  steps: 12
+  batch: 4
+  context: 160
+  eval_every: 6
+  checkpoint: {every: 3}
+  data: {path: "{run}/data/rankings.jsonl", eval_path: "{run}/data/rankings_eval.jsonl"}
 """
 
 
@@ -132,15 +139,16 @@ def killed(folder: Path, compiled: Path, moments: list[tuple[str, int, float]]) 
     return met
 
 
-def test_three_kills_leave_no_trace(undisturbed, compiled, tmp_path):
+def test_four_kills_leave_no_trace(undisturbed, compiled, tmp_path):
     rng = random.Random(1)
     moments = [
         ("pretrain", rng.randrange(4, 30), 0.1 * rng.random()),
         ("reward", rng.randrange(0, 12), 0.5 * rng.random()),
         ("ppo", rng.randrange(4, 40), 0.1 * rng.random()),
+        ("dpo", rng.randrange(3, 6), 0.1 * rng.random()),
     ]
-    assert killed(tmp_path / "run", compiled, moments) == 3
-    assert not (tmp_path / "run/runs/small/ppo/done.json").exists()
+    assert killed(tmp_path / "run", compiled, moments) == 4
+    assert not (tmp_path / "run/runs/small/dpo/done.json").exists()
     finish(tmp_path / "run", compiled)
     assert outcome(tmp_path / "run") == undisturbed
 

@@ -30,7 +30,7 @@ class PreferenceRows:
         self.context = context
         self._kept = [_extremes(r.ranks) if pairs == "extremes" else range(len(r.ranks)) for r in self.rankings]
         self.responses = max(map(len, self._kept))
-        """K."""
+        """K; it may be raised."""
 
     def __len__(self) -> int:
         return len(self.rankings)

@@ -109,8 +109,12 @@ class WithReference:
 def load(run: Run, config: DpoConfig) -> tuple[PreferenceRows, PreferenceRows | None]:
     """The training and held-out rankings. Raises UserError naming the record that cannot be used."""
     assert config.data is not None
-    train, test = load_split(config.data, run.paths, run.tokenizer, config.context, config.responses, "dpo")
-    return preferences(train, config.pairs), None if test is None else preferences(test, config.pairs)
+    rows = load_split(config.data, run.paths, run.tokenizer, config.context, config.responses, "dpo")
+    train, test = (None if part is None else preferences(part, config.pairs) for part in rows)
+    assert train is not None
+    if test is not None:
+        train.responses = test.responses = max(train.responses, test.responses)  # one program reads both
+    return train, test
 
 
 def stage(run: Run, config: DpoConfig) -> Stage:

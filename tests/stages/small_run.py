@@ -21,7 +21,7 @@ from jaxgpt.train.state import State, initial_state
 
 ANIMALS, THINGS = ("fox", "owl", "cat", "bear"), ("moon", "hat", "lake", "drum")
 VOCAB = 128
-TRAINED = ("pretrain", "sft", "reward", "ppo", "grpo", "rloo", "rejection")
+TRAINED = ("pretrain", "sft", "reward", "dpo", "ppo", "grpo", "rloo", "rejection")
 BOTH = [{"type": "model"}, {"type": "length", "target": 3, "weight": 0.5}]
 OPTIMIZER = {"lr": 1e-2, "warmup": 0.0, "schedule": "constant"}
 
@@ -64,7 +64,7 @@ def small_tokenizer(home: Path) -> Tokenizer:
 
 
 def config(runs: Path, **changes: dict[str, Any]) -> Config:
-    """All four stages; `changes` are laid over the sections of their names."""
+    """All four stages and DPO; `changes` are laid over the sections of their names."""
     sections: dict[str, Any] = {
         "model": {"width": 16, "layers": 1, "context": 32, "attention": {"heads": 2}, "mlp": {"width": 16}},
         "data": {"path": "{run}/text.jsonl", "val_fraction": 0.1},
@@ -90,6 +90,12 @@ def config(runs: Path, **changes: dict[str, Any]) -> Config:
             "prompt_length": 14,
             "response_length": 6,
             "data": {"path": "{run}/prompts.jsonl"},
+        },
+        "dpo": {
+            "steps": 12,
+            "batch": 8,
+            "context": 32,
+            "data": {"path": "{run}/rankings.jsonl", "eval_path": "{run}/rankings_eval.jsonl"},
         },
     }
     prompts = {name: sections["ppo"][name] for name in ("iterations", "prompt_length", "response_length", "data")}

@@ -28,5 +28,7 @@ def test_each_stage_compiles_each_program_once(home, name, shape):
         programs = [step]
         if isinstance(section, RolloutConfig):
             programs += [stage.source._respond, stage.source._measure, stage.source._learn]
+        if name == "dpo":
+            programs += [stage.source._logp]
         stage.close()
     assert [program._cache_size() for program in programs] == [1] * len(programs)
