@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from statistics import fmean, median
+from statistics import fmean, median, stdev
 from typing import Any, NamedTuple
 
 
@@ -20,7 +20,8 @@ class Limits:
     calm: int = 10
     """Measurements without a condition after which it counts as over, and is told again when it comes back."""
     negative_kl: float = 0.05
-    """KL below minus this, nats a response. A true KL is never negative; its estimate k1 is by noise alone."""
+    """KL below minus this, nats a response, mean of twice `rollouts`, and below 0 by two of that mean's standard errors.
+    A true KL is never negative; its estimate k1 is by noise alone."""
     kl: float = 25.0
     """KL above both this, nats a response ..."""
     kl_per_token: float = 0.1
@@ -101,6 +102,10 @@ class Series:
     def recent(self, number: int) -> float:
         """Mean of the latest `number` values, or of all where there are fewer."""
         return fmean(list(self.latest)[-number:])
+
+    def error(self, number: int) -> float:
+        """Standard error of that mean, from the spread of the values."""
+        return stdev(list(self.latest)[-number:]) / number**0.5
 
     def middle(self, number: int) -> float:
         """Median of the latest `number` values."""

@@ -12,11 +12,12 @@ from jaxgpt.health.record import Found, Record, Symptom
 
 def negative_kl(record: Record) -> Found | None:
     """KL below 0 by more than noise."""
-    limits, kl = record.limits, record.of("objective/kl", record.limits.rollouts)
-    if kl is None or (value := kl.recent(limits.rollouts)) >= -limits.negative_kl:
+    limits, number = record.limits, 2 * record.limits.rollouts
+    kl = record.of("objective/kl", number)
+    if kl is None or (value := kl.recent(number)) >= -max(limits.negative_kl, 2.0 * kl.error(number)):
         return None
     text = (
-        f"the KL from the reference is {value:.3g} nats a response, mean of {limits.rollouts} rollouts, and a KL "
+        f"the KL from the reference is {value:.3g} nats a response, mean of {number} rollouts, and a KL "
         "cannot be negative. The responses were not drawn from the distribution that they are scored under, or "
         "tokens behind the end are counted: sample at the plain temperature, and look at temperature and stop"
     )

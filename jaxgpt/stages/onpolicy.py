@@ -12,17 +12,19 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 
-from jaxgpt.config.schema import ModelReward, PpoConfig, RolloutConfig
+from jaxgpt.config.schema import ModelReward, PpoConfig, RlooConfig, RolloutConfig
 from jaxgpt.data.mixture import Batches, single
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
+from jaxgpt.health import Limits
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import HEAD, language_model, scalar_model
-from jaxgpt.models.net import Net, Params
+from jaxgpt.models.net import Net, Params, joined
 from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import average_of, decayed, schedule
 from jaxgpt.stages.episodes import Actors, Critic
+from jaxgpt.stages.gold import Gold, gold_rows
 from jaxgpt.stages.judge import Judge
 from jaxgpt.stages.rollouts import Estimate, Rollouts
 from jaxgpt.stages.run import Run
@@ -39,6 +41,7 @@ def prompt_rows(run: Run, config: RolloutConfig, name: str) -> PromptRows:
     assert config.data is not None
     rows = load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length, f"{name}.prompt_length")
     check_records(config.rewards, rows, f"{name}.rewards")
+    gold_rows(run, config, name)
     return rows
 
 
@@ -140,16 +143,50 @@ def on_policy(
         schedule=schedule(config.optimizer, config.steps, config.updates_per_rollout),
         steps=config.steps,
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
+        evaluate=_gold(run, config, name, policy, rollouts),
+        quality=lambda figures: figures["gold"],
         boundary=lambda step: step % config.updates_per_rollout == 0,
         extras={"kl_coef": config.kl.coef},
         finish=lambda state: policy.whole(handed_on(state)),
         beside=lambda state: policy.beside(handed_on(state)),
+        limits=limits(run, config),
         notes=(
             *policy.notes,
             f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes, "
             f"{config.updates_per_rollout} updates each",
             _memory(run, config, models, plain if reference else None, [net for net, _ in rewards]),
         ),
+    )
+
+
+def _gold(run: Run, config: RolloutConfig, name: str, policy: Trained, rollouts: Rollouts) -> Gold | None:
+    """The held-out evaluation, where there is one."""
+    rows = gold_rows(run, config, name)
+    if config.gold is None or rows is None:
+        return None
+    scored = config.model_copy(update={"rewards": config.gold.rewards})
+    return Gold(
+        config=config,
+        actors=rollouts.actors,
+        judge=Judge(scored, [], rows, run.tokenizer, f"{name}.gold"),
+        prompts=rows,
+        beside=rollouts.frozen,
+        start=lambda: {"policy": joined(policy.frozen(), policy.first())},
+        mesh=run.mesh,
+        key=run.key("gold"),
+        ends=rollouts.ends,
+        pad=run.tokenizer.pad,
+    )
+
+
+def limits(run: Run, config: RolloutConfig) -> Limits:
+    """When a rollout's figures are worth a warning: what arithmetic leaves, and whether a ratio is a token's."""
+    half = compute_dtype(run.config.model) == jnp.bfloat16
+    return Limits(
+        ratio_gap=0.1 if half else Limits.ratio_gap,
+        sampler_gap=0.5 if half else Limits.sampler_gap,
+        approx_kl=1.0 if isinstance(config, RlooConfig) else Limits.approx_kl,
+        longest=config.response_length,
     )
 
 

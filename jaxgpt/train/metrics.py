@@ -185,7 +185,10 @@ class ConsoleLine:
     def write(self, line: Values) -> None:
         """Shows a line's figures."""
         if "eval" in line:
-            figures = "  ".join(f"{key} {_shown(value)}" for key, value in line["eval"].items())
+            found = line["eval"]
+            errors = {key: f" \u00b1 {_shown(found[f'{key}_error'], 2)}" for key in found if f"{key}_error" in found}
+            shown = [key for key in found if not key.endswith("_error")]
+            figures = "  ".join(f"{key} {_shown(found[key])}{errors.get(key, '')}" for key in shown)
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
             return
         self._latest = {**self._latest, **line}  # a rollout's figures stand until the next one's
