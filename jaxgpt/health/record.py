@@ -20,7 +20,7 @@ class Limits:
     calm: int = 10
     """Measurements without a condition after which it counts as over, and is told again when it comes back."""
     negative_kl: float = 0.05
-    """KL below minus this, nats a response, mean of twice `rollouts`, and below 0 by two of that mean's standard errors.
+    """KL below minus this, nats a response, mean of twice `rollouts`, and below 0 by two standard errors of that.
     A true KL is never negative; its estimate k1 is by noise alone."""
     kl: float = 25.0
     """KL above both this, nats a response ..."""
