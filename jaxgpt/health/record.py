@@ -172,10 +172,14 @@ class Record:
     def _evaluate(self, values: Mapping[str, float]) -> None:
         scores = self.of("objective/scores")
         score = None if scores is None else scores.recent(self.limits.rollouts)
-        for name in ("gold", "win_rate"):
+        starts = {"gold": values.get("eval/gold_start"), "win_rate": 0.5 if "eval/gold_start" in values else None}
+        for name, start in starts.items():
             if (value := values.get(f"eval/{name}")) is not None:
                 error = values.get(f"eval/{name}_error", abs(value) / 20)
-                self.evaluated.setdefault(name, []).append(Evaluated(self.step, value, error, score))
+                known = self.evaluated.setdefault(name, [])
+                if not known and start is not None and scores is not None:
+                    known.append(Evaluated(0, start, error, scores.start))
+                known.append(Evaluated(self.step, value, error, score))
 
 
 class Symptom(NamedTuple):

@@ -243,8 +243,8 @@ def gold(record: Record) -> Found | None:
 
 
 def win_rate(record: Record) -> Found | None:
-    """The same of the share of prompts that are answered better than at the start."""
-    return _gold(record, "win_rate", "the win rate against the start")
+    """The same of the share of prompts that are answered better than at the start, where that is all there is."""
+    return None if gold(record) is not None else _gold(record, "win_rate", "the win rate against the start")
 
 
 SYMPTOMS = (

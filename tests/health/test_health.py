@@ -99,6 +99,15 @@ def test_the_reward_may_rise_only_while_gold_does_not_fall():
     assert [n.warning for n in wins] == ["win rate"]
 
 
+def test_gold_may_fall_from_the_start_on():
+    def gold(step):
+        return {"gold": 0.5, "gold_error": 0.05, "gold_start": 1.0, "win_rate": 0.3, "win_rate_error": 0.02}
+
+    (notice,) = told(evaluations(rollout_lines(STEPS), 40, gold))
+    assert (notice.warning, notice.step) == ("gold", 80)
+    assert "has fallen from 1 (step 0) to 0.5 while the reward rose from" in notice.text
+
+
 def test_one_bad_evaluation_is_not_yet_a_fall():
     once = evaluations(rollout_lines(STEPS), 40, lambda step: {"gold": 0.2 if step == 240 else 2.0, "gold_error": 0.05})
     assert told(once) == []
