@@ -22,7 +22,7 @@ from rich.console import Console
 
 from jaxgpt.api import keep_compiled
 from jaxgpt.config.load import ConfigError, dump
-from jaxgpt.config.schema import Config, StageConfig
+from jaxgpt.config.schema import Config, RolloutConfig, StageConfig
 from jaxgpt.data.records import file_hash, read_fields, read_texts
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
@@ -290,6 +290,8 @@ class Pipeline:
             inputs["files"] = [short_hash(self.paths(tuple(p) if isinstance(p, list) else p)) for p in paths]
         if name == "reward" and (shown := demonstrations(self.config)) is not None:
             inputs["demonstrations"] = short_hash(self.paths(shown.path))
+        if isinstance(config, RolloutConfig) and config.gold is not None:
+            inputs["files"].append(short_hash(self.paths(config.gold.data.path)))
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
         kinds = {role: "language" if role == "start" else "scalar" for role in before}
         inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}

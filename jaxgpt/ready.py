@@ -88,7 +88,8 @@ def _best(loaded: Loaded, stages: list[str]) -> Iterator[str]:
             continue
         what = f"{_named(loaded, f'{name}.best')}: found 'best', and"
         if isinstance(section, RolloutConfig):
-            yield f"{what} {name} measures nothing on held-out data; expected last"
+            if section.gold is None:
+                yield f"{what} {name} measures nothing on held-out data; set {name}.gold, or use last"
         elif name == "pretrain" and config.data.val_fraction == 0:
             yield f"{what} there is no held-out text; raise data.val_fraction above 0, or use last"
         elif name != "pretrain" and section.data is not None and not _measured(section.data):
@@ -146,6 +147,8 @@ def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, P
             files = getattr(getattr(config, name), part, None)
             for key in ("path", "eval_path"):
                 needed[f"{name}.{part}.{key}"] = getattr(files, key, None)
+        if (gold := getattr(getattr(config, name), "gold", None)) is not None:
+            needed[f"{name}.gold.data.path"] = gold.data.path
     shown = demonstrations(config) if "reward" in sections else None
     if shown is not None and config.sft is not None and shown is config.sft.data:
         needed["sft.data.path"] = shown.path

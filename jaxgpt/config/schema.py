@@ -704,6 +704,17 @@ class KlConfig(Section):
     """adaptive: episodes over which coef can double or so."""
 
 
+class GoldConfig(Section):
+    """A held-out evaluation by what the reward stands for, every eval_every updates: gold score, win rate, KL."""
+
+    data: Prompts
+    """Prompts that are not trained on."""
+    rewards: Annotated[tuple[Annotated[Verifiable, Field(discriminator="type")], ...], Field(min_length=1)]
+    """The gold score of a response: the sum of these, each times its weight."""
+    prompts: Count = 192
+    """Prompts asked: the first of the files, at most so many."""
+
+
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-norm"]
 
 
@@ -751,6 +762,8 @@ class RolloutConfig(StageConfig):
     """How the parameters of the reference and the reward models are kept."""
     lora: LoraConfig | None = None
     """Train adapters alone; the reference is the policy without them."""
+    gold: GoldConfig | None = None
+    """Held-out evaluation, beside the rewards; with it, best=best hands on the parameters of the highest gold score."""
     samples: Whole = 4
     """Episodes kept to be read, of every rollout that is written."""
     samples_every: Count = 10

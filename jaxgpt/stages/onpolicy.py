@@ -7,16 +7,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from jaxgpt.config.schema import PpoConfig, RolloutConfig
+from jaxgpt.config.schema import PpoConfig, RlooConfig, RolloutConfig
 from jaxgpt.data.mixture import Batches, single
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
+from jaxgpt.health import Limits
 from jaxgpt.mesh import check_batch
+from jaxgpt.models.net import joined
+from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import schedule
 from jaxgpt.stages.episodes import Actors
+from jaxgpt.stages.gold import Gold, gold_rows
 from jaxgpt.stages.judge import Judge
 from jaxgpt.stages.roles import Roles
 from jaxgpt.stages.rollouts import Estimate, Rollouts
@@ -32,6 +37,7 @@ def prompt_rows(run: Run, config: RolloutConfig, name: str) -> PromptRows:
     assert config.data is not None
     rows = load_prompts(run.paths(config.data.path), run.tokenizer, config.prompt_length, f"{name}.prompt_length")
     check_records(config.rewards, rows, f"{name}.rewards")
+    gold_rows(run, config, name)
     return rows
 
 
@@ -97,14 +103,48 @@ def on_policy(
         schedule=schedule(config.optimizer, config.steps, config.updates_per_rollout),
         steps=config.steps,
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
+        evaluate=_gold(run, config, name, roles, rollouts),
+        quality=lambda figures: figures["gold"],
         boundary=lambda step: step % config.updates_per_rollout == 0,
         extras={"kl_coef": config.kl.coef},
         finish=lambda state: roles.policy.whole(roles.handed_on(state)),
         beside=lambda state: roles.policy.beside(roles.handed_on(state)),
+        limits=limits(run, config),
         notes=(
             *roles.policy.notes,
             f"{len(prompts):,} prompts, {config.iterations} rollouts of {config.episodes} episodes, "
             f"{config.updates_per_rollout} updates each",
             roles.memory(),
         ),
+    )
+
+
+def _gold(run: Run, config: RolloutConfig, name: str, roles: Roles, rollouts: Rollouts) -> Gold | None:
+    """The held-out evaluation, where there is one."""
+    rows = gold_rows(run, config, name)
+    if config.gold is None or rows is None:
+        return None
+    scored = config.model_copy(update={"rewards": config.gold.rewards})
+    return Gold(
+        config=config,
+        actors=rollouts.actors,
+        judge=Judge(scored, [], rows, run.tokenizer, f"{name}.gold"),
+        prompts=rows,
+        beside=rollouts.frozen,
+        start=lambda: {"policy": joined(roles.policy.frozen(), roles.policy.first())},
+        mesh=run.mesh,
+        key=run.key("gold"),
+        ends=rollouts.ends,
+        pad=run.tokenizer.pad,
+    )
+
+
+def limits(run: Run, config: RolloutConfig) -> Limits:
+    """When a rollout's figures are worth a warning: what arithmetic leaves, and whether a ratio is a token's."""
+    half = compute_dtype(run.config.model) == jnp.bfloat16
+    return Limits(
+        ratio_gap=0.1 if half else Limits.ratio_gap,
+        sampler_gap=0.5 if half else Limits.sampler_gap,
+        approx_kl=1.0 if isinstance(config, RlooConfig) else Limits.approx_kl,
+        longest=config.response_length,
     )

@@ -91,7 +91,7 @@ class Rollouts:
         self._measure = jax.jit(self._measured)
         self._learn = jax.jit(functools.partial(learnable, self.config, self.estimate))
         self._pick = jax.jit(pick)
-        self._join = jax.jit(_join)
+        self._join = jax.jit(join)
         self._part = jax.jit(_part, static_argnums=(1, 2))
         self._drift = None if self.drift is None else jax.jit(self.drift)
         self._episodes: Batch | None = None
@@ -194,23 +194,7 @@ class Rollouts:
             yield self._part(episodes, begin, size)
 
     def _generate(self, policy: Params, prompts: Batch, key: jax.Array) -> Batch:
-        c = self.config
-        with jax.numpy_dtype_promotion("strict"):
-            out = generate(
-                self.actors.policy.bind(policy), prompts["tokens"], prompts["segments"], key, new=c.response_length,
-                temperature=c.temperature, ends=self.ends, pad=self.tokenizer.pad, after=c.stop_after,
-            )  # fmt: skip
-        real_BN = jnp.arange(c.response_length) < out.lengths_B[:, None]
-        before = ((0, 0), (c.prompt_length - prompts["tokens"].shape[1], 0))
-        tokens_BP = jnp.pad(prompts["tokens"], before, constant_values=self.tokenizer.pad)
-        return {
-            "tokens": jnp.concatenate([tokens_BP, out.tokens_BN], axis=1),
-            "segments": jnp.concatenate([jnp.pad(prompts["segments"], before), real_BN.astype(jnp.int32)], axis=1),
-            "mask": real_BN.astype(jnp.float32),
-            "ended": out.done_B,
-            "row": prompts["row"],
-            "sampler_logp": out.logp_BN,
-        }
+        return respond(self.config, self.actors, policy, prompts, key, self.ends, self.tokenizer.pad)
 
     def _measured(self, params: Mapping[str, Any], episodes: Batch) -> Batch:
         with jax.numpy_dtype_promotion("strict"):
@@ -248,6 +232,34 @@ def learnable(
         found = estimate(measured, scores_B, extras)
         figures = objective_figures(measured, scores_B) | score_figures(scores)
         return found._replace(figures=figures | found.figures), reference_kl(measured)
+
+
+def respond(
+    config: RolloutConfig,
+    actors: Actors,
+    policy: Params,
+    prompts: Batch,
+    key: jax.Array,
+    ends: tuple[int, ...],
+    pad: int,
+) -> Batch:
+    """Episodes: sampled responses to left-padded prompts of any width; "row" of the prompts is kept. Traced."""
+    with jax.numpy_dtype_promotion("strict"):
+        out = generate(
+            actors.policy.bind(policy), prompts["tokens"], prompts["segments"], key, new=config.response_length,
+            temperature=config.temperature, ends=ends, pad=pad, after=config.stop_after,
+        )  # fmt: skip
+    real_BN = jnp.arange(config.response_length) < out.lengths_B[:, None]
+    before = ((0, 0), (config.prompt_length - prompts["tokens"].shape[1], 0))
+    tokens_BP = jnp.pad(prompts["tokens"], before, constant_values=pad)
+    return {
+        "tokens": jnp.concatenate([tokens_BP, out.tokens_BN], axis=1),
+        "segments": jnp.concatenate([jnp.pad(prompts["segments"], before), real_BN.astype(jnp.int32)], axis=1),
+        "mask": real_BN.astype(jnp.float32),
+        "ended": out.done_B,
+        "row": prompts["row"],
+        "sampler_logp": out.logp_BN,
+    }
 
 
 def reference_kl(measured: Batch) -> jax.Array:
@@ -288,7 +300,7 @@ def _whole(x: jax.Array) -> jax.Array:
     return jax.sharding.reshard(x, P(*(None,) * x.ndim))
 
 
-def _join(parts: Sequence[Batch]) -> Batch:
+def join(parts: Sequence[Batch]) -> Batch:
     """Batches one behind the other."""
     if len(parts) == 1:
         return parts[0]

@@ -23,9 +23,10 @@ from rich.console import Console
 
 from jaxgpt.config.schema import StageConfig
 from jaxgpt.errors import UserError
+from jaxgpt.health import Limits
 from jaxgpt.models.net import Params, count, joined
 from jaxgpt.train.checkpoint import Checkpoints, save_params
-from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Writer
+from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Warnings, Writer
 from jaxgpt.train.state import State, initial_state
 from jaxgpt.train.step import Batch, Loss, make_step
 
@@ -77,6 +78,8 @@ class Stage:
     """Others to keep, each in a folder of its name beside params/."""
     known: Callable[[], Mapping[str, Any]] = dict
     """What is kept beside those, as JSON; asked after `finish`."""
+    limits: Limits = dataclasses.field(default_factory=Limits)
+    """When a figure is worth a warning."""
     notes: tuple[str, ...] = ()
     """What there is to say of the data before training."""
     close: Callable[[], None] = lambda: None
@@ -102,7 +105,8 @@ class _Stop:
 def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, Any], console: Console) -> dict[str, Any]:
     """Runs a stage to its end, from its newest checkpoint where there is one; call under `jax.set_mesh`.
 
-    Writes metrics.jsonl, checkpoints/ and, at the end, params/, what is kept beside it, and done.json (returned).
+    Writes metrics.jsonl, warnings.jsonl, samples.jsonl, checkpoints/ and, at the end, params/, what is kept beside it,
+    and done.json (returned).
     `meta` goes into params/.
     Raises Preempted once the state is saved after SIGTERM or SIGINT.
     """
@@ -174,6 +178,7 @@ class _Session:
         self.samples = JsonLines(folder / "samples.jsonl", after=start) if first else None
         self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if first else []
         self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)]
+        self.writers += [Warnings(folder, start, stage.limits, console)] if first else []
 
     def run(self, state: State) -> State:
         """Steps to the end; the state whose parameters are handed on."""

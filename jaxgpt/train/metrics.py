@@ -18,6 +18,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.table import Column
 from rich.text import Text
 
+from jaxgpt.health import Health, Limits
+
 Values = Mapping[str, Any]
 
 
@@ -35,7 +37,7 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """Appends to metrics.jsonl. Lines of steps after `after` are from a run that was cut off, and are removed."""
+    """Appends to metrics.jsonl and its like. Lines of steps after `after` are of a run that was cut off, and go."""
 
     def __init__(self, path: Path, after: int):
         self.path = path
@@ -74,25 +76,57 @@ def _keep_upto(path: Path, step: int) -> None:
     part.replace(path)
 
 
+class Warnings:
+    """Says in words, on the console and in warnings.jsonl, when a stage's figures begin to look wrong.
+
+    Reads the lines of metrics.jsonl that an earlier start has left, silently: it goes on from where that was.
+    """
+
+    def __init__(self, folder: Path, after: int, limits: Limits, console: Console):
+        self._health, self._console = Health(limits), console
+        metrics = folder / "metrics.jsonl"
+        for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else ():
+            self._health.see(json.loads(line))
+        self._file = JsonLines(folder / "warnings.jsonl", after)
+
+    def write(self, line: Values) -> None:
+        """Looks at a line, and tells what is new."""
+        for notice in self._health.see(line):
+            self._file.write(notice._asdict())
+            self._console.print(Text(f"warning: {notice.text}", style="yellow"))
+
+    def flush(self) -> None:
+        """Writes through to the disk."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
 SHOWN = {
-    "loss": "loss",
-    "accuracy": "acc",
-    "objective/score": "score",
+    "objective/scores": "score",
     "objective/kl": "kl",
+    "objective/kl_k3": "k3",
+    "policy/clipfrac_avg": "clip",
+    "val/ratio": "ratio",
+    "objective/entropy": "ent",
     "objective/length": "len",
     "objective/eos_rate": "eos",
-    "val/ratio": "ratio",
-    "policy/clipfrac_avg": "clip",
+    "loss": "loss",
+    "accuracy": "acc",
+    "rewards/accuracies": "acc",
+    "rewards/margins": "margin",
     "lr": "lr",
     "grad_norm": "gnorm",
 }
-"""Figures of the console line, by their key in metrics.jsonl."""
+"""Figures of the console line, by their key in metrics.jsonl; the first ones are what a narrow terminal shows."""
 BAR = 12
 """Width of the bar of a live line, in characters."""
 
 
-def _shown(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4g}"
+def _shown(value: float | None, digits: int = 4) -> str:
+    return "not finite" if value is None else f"{value:.{digits}g}"
 
 
 class Figures:
@@ -151,7 +185,10 @@ class ConsoleLine:
     def write(self, line: Values) -> None:
         """Shows a line's figures."""
         if "eval" in line:
-            figures = "  ".join(f"{key} {_shown(value)}" for key, value in line["eval"].items())
+            found = line["eval"]
+            errors = {key: f" \u00b1 {_shown(found[f'{key}_error'], 2)}" for key in found if f"{key}_error" in found}
+            shown = [key for key in found if not key.endswith("_error")]
+            figures = "  ".join(f"{key} {_shown(found[key])}{errors.get(key, '')}" for key in shown)
             self.console.print(f"{self.name} step {line['step']}/{self.steps}  eval  {figures}", highlight=False)
             return
         self._latest = {**self._latest, **line}  # a rollout's figures stand until the next one's
@@ -166,7 +203,9 @@ class ConsoleLine:
         amiss = [f"skipped {line['skipped']}"] if line["skipped"] else []
         if line["time"]["wait"] > 0.02:
             amiss.append(f"wait {line['time']['wait']:.0%}")
-        shown = [f"{short} {_shown(line[key])}" for key, short in SHOWN.items() if key in line]
+        shown = [
+            f"{short} {_shown(line[key], 4 if key == 'loss' else 3)}" for key, short in SHOWN.items() if key in line
+        ]
         return [*amiss, *shown, f"{line['time']['tokens_per_second']:,.0f} tok/s"]
 
     def flush(self) -> None:

@@ -82,8 +82,10 @@ def test_the_console_has_plain_lines_where_it_is_no_terminal():
 
 PPO = {
     "loss": -0.01234,
-    "objective/score": 0.5678,
+    "objective/scores": 0.5678,
     "objective/kl": 1.234,
+    "objective/kl_k3": 1.1987,
+    "objective/entropy": 0.3342,
     "objective/length": 21.46,
     "objective/eos_rate": 0.9844,
     "val/ratio": 1.003,
@@ -98,10 +100,10 @@ PPO = {
     ("width", "figures"),
     [
         (40, ""),
-        (60, "loss -0.01234"),
-        (80, "loss -0.01234  score 0.5678  kl 1.234"),
-        (100, "loss -0.01234  score 0.5678  kl 1.234  len 21.46  eos 0.9844"),
-        (200, "loss -0.01234  score 0.5678  kl 1.234  len 21.46  eos 0.9844  ratio 1.003  clip 0.0512  lr 0.00012"),
+        (60, "score 0.568  kl 1.23"),
+        (80, "score 0.568  kl 1.23  k3 1.2  clip 0.0512"),
+        (100, "score 0.568  kl 1.23  k3 1.2  clip 0.0512  ratio 1  ent 0.334"),
+        (200, "score 0.568  kl 1.23  k3 1.2  clip 0.0512  ratio 1  ent 0.334  len 21.5  eos 0.984  loss -0.01234  lr"),
     ],
 )
 def test_a_live_line_keeps_name_step_and_eta_and_the_figures_that_fit(width, figures):
