@@ -184,7 +184,7 @@ class Measures(Section):
         if not (self.tasks or self.text or self.rankings or self.responds):
             raise ValueError(
                 "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt; for a reward model "
-                "rankings=file.jsonl; or with prompts=file.jsonl against=OTHER_RUN, best_of=1,2,4,8,16 or frontier=STAGE"
+                "rankings=file.jsonl; or with prompts=file.jsonl against=OTHER_RUN, best_of=1,2,4,8 or frontier=STAGE"
             )
         if not self.tasks and (self.chat or self.few_shot is not None):
             raise ValueError("chat and few_shot are for tasks, and there are none")
