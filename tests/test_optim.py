@@ -6,7 +6,7 @@ import pytest
 from jax import P
 
 from jaxgpt.config.schema import OptimizerConfig
-from jaxgpt.optim import adamw, by_part, decayed, schedule
+from jaxgpt.optim import adamw, averaged, by_part, decayed, schedule
 
 
 def rates(steps: int, per: int = 1, **settings) -> np.ndarray:
@@ -156,3 +156,57 @@ def test_moments_and_updates_keep_the_shardings_of_the_parameters(mesh222):
     for name in specs:
         assert optax.tree.get(opt_specs.inner_states[name], "mu")[name] == specs[name]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), got, want)
+
+
+# --- forms of Adam, averages -----------------------------------------------------------------------------------------
+def adam_by_hand(gradients: np.ndarray, eps: float, form: str) -> list[float]:
+    """Steps of a rate of 1: torch's form, or TensorFlow's, in float64."""
+    m = v = 0.0
+    steps = []
+    for t, g in enumerate(gradients.astype(np.float64), start=1):
+        m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+        if form == "tf":
+            steps.append(-np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + eps))
+        else:
+            steps.append(-(m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + eps))
+    return steps
+
+
+@pytest.mark.parametrize("form", ["optax", "tf"])
+def test_adams_eps_stands_where_its_form_says(form):
+    plain = {"lr": 1.0, "schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "clip": None}
+    c = OptimizerConfig(**plain, b1=0.9, b2=0.999, eps=1e-5, eps_form=form)
+    tx, params = adamw(c, 5), {"w_D": jnp.zeros(1)}
+    state, gradients = tx.init(params), np.array([1e-4, -2e-4, 3e-5, 1e-4, 5e-4], np.float32)
+    found = []
+    for g in gradients:
+        updates, state = tx.update({"w_D": jnp.array([g])}, state, params)
+        found.append(float(updates["w_D"][0]))
+    np.testing.assert_allclose(found, adam_by_hand(gradients, 1e-5, form), rtol=3e-5)
+
+
+def test_the_first_step_of_tensorflows_form_is_3_8_times_smaller_at_small_gradients():
+    """eps 1e-5 and a gradient of 1e-4 at a rate of 1e-5: 2.40e-6 and 9.09e-6."""
+    gradient = np.array([1e-4], np.float32)
+    assert -1e-5 * adam_by_hand(gradient, 1e-5, "tf")[0] == pytest.approx(2.40e-6, rel=2e-3)
+    assert -1e-5 * adam_by_hand(gradient, 1e-5, "optax")[0] == pytest.approx(9.09e-6, rel=1e-3)
+
+
+def test_the_rate_may_be_zero_at_first():
+    c = OptimizerConfig(lr=1.0, schedule="constant", warmup=0.0, weight_decay=0.5)
+    tx, params = adamw(c, 4, idle=2), {"w_D": jnp.ones(1)}
+    state, sizes = tx.init(params), []
+    for _ in range(4):
+        updates, state = tx.update({"w_D": jnp.ones(1)}, state, params)
+        sizes.append(float(jnp.abs(updates["w_D"][0])))
+    assert sizes[:2] == [0.0, 0.0] and min(sizes[2:]) > 0.5
+
+
+def test_an_average_follows_the_parameters():
+    tx, params = averaged(optax.sgd(1.0), 0.75), {"w_D": jnp.zeros(1)}
+    state, expected = tx.init(params), 0.0
+    for g in (1.0, -3.0, 0.5):
+        updates, state = tx.update({"w_D": jnp.array([g])}, state, params)
+        params = optax.apply_updates(params, updates)
+        expected = 0.75 * expected + 0.25 * float(params["w_D"][0])
+        assert float(state.average["w_D"][0]) == pytest.approx(expected, rel=1e-6)

@@ -120,6 +120,8 @@ def _names(annotation: Any) -> list[str]:
 
 
 def _unknown(section: type[Section], name: str, place: str, origin: str, path: str) -> str:
+    if name in section.ABSENT:
+        return f"{place}{set_by(origin)}: there is no such setting: {section.ABSENT[name]}"
     names = list(fields.annotations(section))
     hint = nearest(name, names)
     deeper = [setting.path for setting in fields.settings(section, f"{path}." if path else "")]

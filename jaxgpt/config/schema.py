@@ -7,7 +7,8 @@ One file describes one assistant, from raw text to the RL model; each verb reads
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -50,6 +51,8 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, allow_inf_nan=False
     )
+    ABSENT: ClassVar[Mapping[str, str]] = {}
+    """Settings that other programs have and this section has not, and why."""
 
 
 class MeshConfig(Section):
@@ -718,8 +721,16 @@ class GoldConfig(Section):
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-norm"]
 
 
+_FILTERED = (
+    "responses to learn from are drawn from exactly softmax(logits / temperature); of filtered ones the "
+    "log-probabilities would be wrong, and with them ratio, KL and every update. Leave it out, or lower temperature"
+)
+
+
 class RolloutConfig(StageConfig):
     """What the stages have that learn from the policy's own responses."""
+
+    ABSENT: ClassVar[Mapping[str, str]] = {"top_k": _FILTERED, "top_p": _FILTERED, "min_p": _FILTERED}
 
     data: Prompts | None = None
     """Prompts to respond to."""

@@ -334,3 +334,26 @@ def test_a_file_that_is_no_text_is_told_so():
     Path("bad.yaml").write_bytes(b"name: \xff\n")
     with pytest.raises(ConfigError, match=r"bad.yaml: not UTF-8 text \(byte 6\)"):
         load(Path("bad.yaml"))
+
+
+def test_filters_of_what_is_sampled_to_be_learned_from_are_refused_with_the_reason():
+    with pytest.raises(ConfigError, match=r"ppo.top_p \(set by .*\): there is no such setting: .*log-probabilities"):
+        load(Path("run.yaml"), ["ppo.top_p=0.9"])
+
+
+def test_a_penalty_for_a_missing_end_is_not_negative():
+    with pytest.raises(ConfigError, match=r"grpo.missing_eos: value -1.0 is taken off, which adds to the score"):
+        load(Path("run.yaml"), ["grpo.missing_eos={how: subtract}"])
+
+
+def test_what_does_not_divide_is_told():
+    for words, told in (
+        (["ppo.episodes=48"], "episodes 48 is not a multiple of batch 32"),
+        (["grpo={episodes: 36, responses: 8, batch: 12}"], "episodes 36 is not a multiple of responses 8"),
+        (["rejection={episodes: 64, responses: 16, batch: 8}"], "episodes / responses 4 is not a multiple of batch 8"),
+        (["grpo={rollout_batch: 4}"], "rollout_batch 4 is not a multiple of responses 8"),
+        (["rloo={stop_after: 64}"], "stop_after 64 is not below response_length 64"),
+        (["grpo.kl.controller=adaptive"], "kl.controller adaptive steers a penalty in the reward"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            load(Path("run.yaml"), words)

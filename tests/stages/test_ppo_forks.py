@@ -1,5 +1,6 @@
 """The choices of published PPO recipes: critic, pretraining rows, averages, early stops, where responses end."""
 
+import dataclasses
 import io
 import json
 
@@ -11,10 +12,12 @@ from rich.console import Console
 from small_run import config, finished, first_state, mesh_of, open_run
 
 from jaxgpt.errors import UserError
+from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import joined
 from jaxgpt.optim import average_of
 from jaxgpt.stages import ppo
 from jaxgpt.stages.pretrain import language_loss
+from jaxgpt.train.checkpoint import load_params
 from jaxgpt.train.loop import train
 from jaxgpt.train.step import make_step
 
@@ -195,3 +198,67 @@ def test_policy_and_reference_share_nothing_that_is_trained(home, mesh):
         assert set(both) == {"policy", "value", "reference"}
         held = {id(leaf) for leaf in jax.tree.leaves(both["reference"])}
         assert not held & {id(leaf) for leaf in jax.tree.leaves(state.params)}
+
+
+def test_all_that_ppo_remembers_comes_back_after_a_cut(home, mesh, tmp_path):
+    """Adaptive KL, pretraining rows, the average and both optimizers, with adapters: a run cut in its second rollout
+    ends bit for bit as one that was not."""
+    changes = {
+        "iterations": 3,
+        "kl": {"coef": 0.2, "controller": "adaptive", "horizon": 100},
+        "ptx": {"coef": 1.0, "batch": 8, "context": 24},
+        "ema": 0.9,
+        "lora": {"rank": 2},
+        "checkpoint": {"every": 1},
+    }
+
+    class Cut(Exception):
+        pass
+
+    def run(folder, cut=None):
+        c = config(home, ppo=changes)
+        stage = ppo.stage(open_run(c, mesh), c.ppo)
+
+        def source(n, state):
+            if n == cut:
+                raise Cut
+            return stage.source(n, state)
+
+        one = dataclasses.replace(stage, source=source)
+        return train(one, folder, c.ppo, {"kind": "language"}, Console(file=io.StringIO()))["fingerprint"]
+
+    def lines(folder):
+        read = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [{key: value for key, value in line.items() if key != "time"} for line in read]
+
+    with jax.set_mesh(mesh):
+        whole = run(tmp_path / "whole")
+        with pytest.raises(Cut):
+            run(tmp_path / "cut", cut=6)
+        assert run(tmp_path / "cut") == whole
+    assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
+    coefficients = [line["objective/kl_coef"] for line in lines(tmp_path / "cut") if "objective/kl_coef" in line]
+    assert len(set(coefficients)) == 3
+
+
+def test_adapters_alone_are_trained_and_the_policy_is_handed_on_merged(home, mesh, tmp_path):
+    c = config(home, ppo={"lora": {"rank": 2, "targets": ["q", "down"]}, "iterations": 1})
+    with jax.set_mesh(mesh):
+        run = open_run(c, mesh)
+        stage = ppo.stage(run, c.ppo)
+        state = first_state(stage)
+        assert jax.tree.structure(stage.source.frozen()["reference"]) == jax.tree.structure(run.load_language("sft"))
+        drawn = stage.source(0, state)
+        assert float(drawn.metrics["objective/kl"]) == 0.0  # adapters begin as nothing
+        trained = sum(leaf.size for leaf in jax.tree.leaves(state.params["policy"]))
+        assert 0 < trained < 0.2 * sum(leaf.size for leaf in jax.tree.leaves(run.load_language("sft")))
+        train(stage, tmp_path, c.ppo, run.meta("language"), Console(file=io.StringIO()))
+        merged = load_params(tmp_path / "params", language_model(c.model, run.vocab).abstract)
+        start = jax.device_get(run.load_language("sft"))
+    moved = {
+        "/".join(str(key.key) for key in path)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda a, b: np.any(a != b), merged, start))
+        if leaf
+    }
+    assert moved == {"backbone/blocks/attention/q_DHK", "backbone/blocks/mlp/down_FD"}
+    assert (tmp_path / "adapters").is_dir()
