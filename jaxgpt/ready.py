@@ -141,7 +141,7 @@ def _adapters(loaded: Loaded, stages: list[str]) -> Iterator[str]:
             )
         if parents(config, name)["start"] == RANDOM:
             yield (
-                f"{_named(loaded, f'{name}.lora')}: there is no trained model to adapt; set {name}.init, or train "
+                f"{name}.lora: there is no trained model to adapt; set {name}.init, or train "
                 f"whole with {name}.lora=null"
             )
 

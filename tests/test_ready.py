@@ -177,7 +177,6 @@ def test_adapters_need_a_matrix_a_rank_that_fits_and_a_model_that_is_trained():
         "32; expected at most 32",
     ]
     assert problems("sft", "pretrain=null", "data.path=null", "sft.lora={}") == [
-        "sft.lora (set by 'sft.lora={}'): there is no trained model to adapt; set sft.init, or train whole with "
-        "sft.lora=null"
+        "sft.lora: there is no trained model to adapt; set sft.init, or train whole with sft.lora=null"
     ]
     assert problems("run", "sft.lora={}", "ppo.lora={targets: [up, gate, down]}") == []
