@@ -29,7 +29,7 @@ from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
 from jaxgpt.ready import check_ready
-from jaxgpt.runs import FOREIGN, find_stage, is_foreign
+from jaxgpt.runs import FOREIGN, find_adapters, find_stage, is_foreign
 
 ALWAYS = ("name", "runs", "seed")
 STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
@@ -151,10 +151,10 @@ def _export(name: str, words: list[str]) -> int:
     run, folder, wanted = _folder(words[0]), Path(words[1]).expanduser(), parse_settings(Export, words[2:])
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is there already; name another folder, or remove it")
-    find_stage(run, wanted.stage)
-    from jaxgpt.exchange import export
+    (find_adapters if wanted.adapters else find_stage)(run, wanted.stage)
+    from jaxgpt.exchange import export, export_adapters
 
-    return export(run, folder, wanted)
+    return (export_adapters if wanted.adapters else export)(run, folder, wanted)
 
 
 def _names_a_config(words: list[str]) -> bool:

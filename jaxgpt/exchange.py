@@ -19,16 +19,20 @@ from rich.console import Console
 
 from jaxgpt.api import keep_compiled, load
 from jaxgpt.config.options import Export, Import
+from jaxgpt.config.schema import LoraConfig, ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.errors import UserError
+from jaxgpt.interop.adapters import write_adapters
 from jaxgpt.interop.export import whole, write_folder
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.interop.weights import read_params
 from jaxgpt.mesh import check_model, make_mesh
 from jaxgpt.models.heads import language_model, scalar_model
+from jaxgpt.models.lora import split
 from jaxgpt.models.net import count
-from jaxgpt.runs import IMPORTED, KINDS
+from jaxgpt.runs import ADAPTERS, FOREIGN, IMPORTED, KINDS, find_adapters, is_foreign
 from jaxgpt.stages.run import vocabulary
-from jaxgpt.train.checkpoint import save_params
+from jaxgpt.train.checkpoint import load_params, params_meta, save_params
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16"}
 
@@ -102,6 +106,36 @@ def export(run: Path, folder: Path, wanted: Export) -> int:
     console.print(
         f"{folder / 'README.md'} tells what transformers does with control tokens in users' text", style="dim"
     )
+    return 0
+
+
+def export_adapters(run: Path, folder: Path, wanted: Export) -> int:
+    """Writes the adapters of a finished stage in PEFT's format; returns 0.
+
+    Raises UserError where the stage has none or is a reward model, or where transformers has no class for the model.
+    """
+    console, began = Console(highlight=False, soft_wrap=True), time.monotonic()
+    stage = find_adapters(run, wanted.stage)
+    kind, meta = params_meta(stage / "params")["kind"], params_meta(stage / ADAPTERS)
+    if kind != "language":
+        raise UserError(
+            f"{stage} holds {KINDS[kind]}, whose head is no adapter; export it whole, without adapters=true"
+        )
+    lora, model, vocab = LoraConfig(**meta["lora"]), ModelConfig(**meta["model"]), meta["vocab"]
+    mesh = make_mesh(wanted.mesh)
+    check_model(mesh, model, vocab)
+    foreign = str(meta["base"]).removeprefix(FOREIGN) if is_foreign(meta["base"]) else None
+    with _stoppable(), jax.set_mesh(mesh):
+        adapters = load_params(stage / ADAPTERS, split(language_model(model, vocab, lora=lora).abstract)[0])
+        config = model.model_copy(update={"vocab": vocab})
+        family = write_adapters(folder, config, lora, adapters, DTYPES[wanted.dtype], foreign)
+    console.print(
+        f"{folder}   adapters for {family.causal}, {wanted.dtype}, {count(adapters):,} parameters   "
+        f"{time.monotonic() - began:.1f} s"
+    )
+    if foreign is None:
+        base = shlex.quote(str(meta["base"]))
+        console.print(f"they are for the model of jaxgpt export {base} HF_FOLDER")
     return 0
 
 

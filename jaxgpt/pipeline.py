@@ -270,7 +270,8 @@ class Pipeline:
             home.mkdir(parents=True, exist_ok=True)
             write_whole(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
             self._keep_config()
-            train(made, home, config, run.meta("scalar" if name == "reward" else "language"), self.console)
+            meta = run.meta("scalar" if name == "reward" else "language") | run.adapted(name)
+            train(made, home, config, meta, self.console)
 
     def _inputs(self, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
         config: StageConfig = getattr(self.config, name)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
-from jaxgpt.config.schema import Config, Conversations, PpoConfig, Rankings, RolloutConfig
+from jaxgpt.config.schema import Config, Conversations, PpoConfig, PretrainConfig, Rankings, RolloutConfig
 from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.worlds import world_files
@@ -38,6 +38,7 @@ def check_ready(verb: str, loaded: Loaded) -> None:
     evaluates = config.evaluate is not None and verb in ("run", "config", "eval")
     sections = [*stages, "evaluate"] if evaluates else stages
     problems = [*_contexts(loaded, sections), *_best(loaded, stages), *_normalized(loaded, stages)]
+    problems += _adapters(loaded, stages)
     if verb == "run" and not stages:
         problems.append(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
     if verb != "config":
@@ -111,6 +112,38 @@ def _normalized(loaded: Loaded, stages: list[str]) -> Iterator[str]:
         yield f"{what} there is no policy to sample from: the parameters start at random; set reward.init"
     if config.reward.normalize == "demonstrations" and demonstrations(config) is None:
         yield f"{what} there are none; set reward.demonstrations.path, a JSONL file of conversations, or sft.data.path"
+
+
+def _adapters(loaded: Loaded, stages: list[str]) -> Iterator[str]:
+    """Adapters that the model has no place for, or that stand on nothing."""
+    config, c = loaded.config, loaded.config.model
+    heads, groups = c.attention.heads * c.head_dim, c.kv_heads * c.head_dim
+    outputs = {"q": heads, "k": groups, "v": groups, "o": heads, "up": c.hidden, "down": c.hidden}
+    outputs |= {"gate": c.hidden} if c.gated else {}
+    for name in stages:
+        section = getattr(config, name)
+        if isinstance(section, PretrainConfig) or section.lora is None:
+            continue
+        rank, targets = section.lora.rank, section.lora.targets
+        missing = [target for target in targets if target not in outputs]
+        if missing:
+            yield (
+                f"{_named(loaded, f'{name}.lora.targets')}: found 'gate', and a feed-forward of type {c.mlp.type} has "
+                f"none; expected some of {', '.join(outputs)}"
+            )
+        sizes = {target: (c.width, outputs[target]) for target in targets if target in outputs}
+        small = min(sizes, key=lambda target: min(sizes[target]), default=None)
+        if small is not None and rank > min(sizes[small]):
+            a, b = sizes[small]
+            yield (
+                f"{_named(loaded, f'{name}.lora.rank')}: found {rank}, and the matrix of {small} is {a} by {b}; "
+                f"expected at most {min(a, b)}"
+            )
+        if parents(config, name)["start"] == RANDOM:
+            yield (
+                f"{name}.lora: there is no trained model to adapt; set {name}.init, or train "
+                f"whole with {name}.lora=null"
+            )
 
 
 def _unset(loaded: Loaded, sections: list[str]) -> Iterator[str]:

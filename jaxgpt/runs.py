@@ -16,6 +16,8 @@ ALIGNED = ("ppo", "dpo", "grpo", "rloo", "rejection")
 """Those that make the SFT model better liked, each in its own way; all give a language model."""
 IMPORTED = "imported"
 """The folder of a model that came from elsewhere, beside those of the stages."""
+ADAPTERS = "adapters"
+"""The folder of a stage that holds its adapters alone, beside params/ with the merged model."""
 RANDOM = "random"
 BASE = {"base": "pretrain"}
 """Another name of a stage."""
@@ -76,6 +78,16 @@ def is_finished(stage: Path) -> bool:
 def finished(run: Path) -> list[str]:
     """Names of the results of a run, in order."""
     return [name for name in (IMPORTED, *STAGES) if is_finished(run / name)]
+
+
+def find_adapters(path: Path, stage: str | None = None) -> Path:
+    """The folder of a finished stage that trained adapters. Raises UserError where there is none, or none has any."""
+    folder = find_stage(path, stage)
+    if not (folder / ADAPTERS).is_dir():
+        trained = [name for name in finished(folder.parent) if (folder.parent / name / ADAPTERS).is_dir()]
+        known = f"Stages with adapters: {', '.join(trained)}" if trained else f"No stage of {folder.parent} has any"
+        raise UserError(f"{folder}: no adapters there, it was trained whole. {known}; leave adapters=true out")
+    return folder
 
 
 def find_stage(path: Path, stage: str | None = None) -> Path:

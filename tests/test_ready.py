@@ -164,3 +164,19 @@ def test_the_command_line_answers_without_jax(verb):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (2, "False\n")
     assert done.stderr.startswith("jaxgpt: pretrain.context (set by 'pretrain.context=65'): found 65, expected at most")
+
+
+def test_adapters_need_a_matrix_a_rank_that_fits_and_a_model_that_is_trained():
+    words = ["model.mlp.type=gelu", "model.attention.kv_heads=1", "sft.lora.targets=[q, gate]", "sft.lora.rank=200"]
+    assert problems("run", *words, "reward.lora={rank: 40, targets: [q, k]}", "ppo.lora.rank=32") == [
+        "sft.lora.targets (set by 'sft.lora.targets=[q, gate]'): found 'gate', and a feed-forward of type gelu has "
+        "none; expected some of q, k, v, o, up, down",
+        "sft.lora.rank (set by 'sft.lora.rank=200'): found 200, and the matrix of q is 128 by 128; expected at "
+        "most 128",
+        "reward.lora.rank (set by 'reward.lora={rank: 40, targets: [q, k]}'): found 40, and the matrix of k is 128 by "
+        "32; expected at most 32",
+    ]
+    assert problems("sft", "pretrain=null", "data.path=null", "sft.lora={}") == [
+        "sft.lora: there is no trained model to adapt; set sft.init, or train whole with sft.lora=null"
+    ]
+    assert problems("run", "sft.lora={}", "ppo.lora={targets: [up, gate, down]}") == []

@@ -5,18 +5,22 @@ Reads files.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from jaxgpt.api.model import Model
-from jaxgpt.config.schema import MeshConfig, ModelConfig
+from jaxgpt.config.schema import LoraConfig, MeshConfig, ModelConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.interop.weights import read_params
 from jaxgpt.mesh import make_mesh
-from jaxgpt.models.net import Params
+from jaxgpt.models.heads import HEAD, language_model, scalar_model
+from jaxgpt.models.lora import merged, split
+from jaxgpt.models.net import Params, joined
 from jaxgpt.runs import find_stage, is_foreign
 from jaxgpt.stages.run import vocabulary
 from jaxgpt.train.checkpoint import abstract, load_checkpoint, load_params, params_meta
@@ -39,7 +43,7 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
         meta, params = host.get("model", {}), tree["params"].get("policy", tree["params"])
 
         def read(target: Params) -> Params:
-            return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, abstract(target))
+            return _placed(params, target) if "lora" not in meta else _adapted(params, meta, target, mesh)
 
     else:
         folder = find_stage(path, stage)
@@ -56,6 +60,20 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
         raise UserError(f"{home} is not the tokenizer that {folder} was trained with")
     gain = meta.get("normalization", {}).get("gain", 1.0)
     return Model(folder, meta["kind"], ModelConfig(**meta["model"]), meta["vocab"], tokenizer, devices, read, gain)
+
+
+def _placed(params: Params, target: Params) -> Params:
+    return jax.tree.map(lambda x, t: jax.device_put(x, t.sharding), params, abstract(target))
+
+
+def _adapted(params: Params, meta: Mapping[str, Any], target: Params, mesh: MeshConfig | None) -> Params:
+    """The adapters of a checkpoint, and a scalar model's head, in the model that they were trained on."""
+    lora, model = LoraConfig(**meta["lora"]), ModelConfig(**meta["model"])
+    make = language_model if meta["kind"] == "language" else scalar_model
+    placed = _placed(params, split(make(model, meta["vocab"], lora=lora).abstract, HEAD)[0])
+    base = load(meta["base"], mesh=mesh).params
+    kept = {name: part for name, part in base.items() if name in target and name not in HEAD}
+    return merged(joined(kept, placed), lora)
 
 
 def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:

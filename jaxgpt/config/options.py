@@ -251,6 +251,8 @@ class Export(Section):
     """Type of the weights in the files; float32 is exact."""
     shard_gb: Positive = 5.0
     """Largest file of weights, in units of 1e9 bytes."""
+    adapters: bool = False
+    """Write the stage's LoRA adapters alone, in PEFT's format, for the model that the stage began with."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices the parameters are loaded onto."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxgpt.config.schema import Config, LoraConfig, ModelConfig
+from jaxgpt.config.schema import Config, LoraConfig, ModelConfig, PretrainConfig
 from jaxgpt.data.mixture import Batches
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
@@ -92,6 +92,14 @@ class Run:
             "vocab": self.vocab,
             "tokenizer": self.tokenizer.hash,
         }
+
+    def adapted(self, name: str) -> dict[str, Any]:
+        """What stands there more where a stage trains adapters: their settings, and the model they are for."""
+        section, base = getattr(self.config, name), self.parent(name)
+        if isinstance(section, PretrainConfig) or section.lora is None:
+            return {}
+        place = base if base == RANDOM or is_foreign(base) else str(result_folder(self.config, base))
+        return {"lora": section.lora.model_dump(mode="json"), "base": place}
 
     def start_language(self, name: str) -> Params:
         """The language model that a stage starts from, on the mesh: a finished one, or a random one."""

@@ -13,9 +13,7 @@ from jaxgpt.config.schema import LoraConfig
 from jaxgpt.models.heads import HEAD
 from jaxgpt.models.lora import merged, split
 from jaxgpt.models.net import Net, Params, count, joined
-
-ADAPTERS = "adapters"
-"""The folder of a stage that holds its adapters alone, beside params/ with the merged model."""
+from jaxgpt.runs import ADAPTERS
 
 
 @dataclasses.dataclass(frozen=True)
