@@ -114,6 +114,7 @@ def load(run: Run, config: DpoConfig) -> tuple[PreferenceRows, PreferenceRows | 
     assert train is not None
     if test is not None:
         train.responses = test.responses = max(train.responses, test.responses)  # one program reads both
+        train.context = test.context = max(train.context, test.context)
     return train, test
 
 
