@@ -155,9 +155,9 @@ def _recent(stage: Stage, key: str) -> float | None:
 
 
 def _early(stage: Stage, key: str) -> float | None:
-    """Mean over as many at the beginning."""
+    """Mean of the first three: a good stage soon leaves its start."""
     curve = stage.curve(key)
-    return fmean(value for _, value in curve[: max(5, len(curve) // 10)]) if curve else None
+    return fmean(value for _, value in curve[:3]) if curve else None
 
 
 def _held_out(stage: Stage) -> dict[str, float] | None:

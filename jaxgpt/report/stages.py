@@ -117,7 +117,6 @@ ROLLOUTS: Sequence[Group] = (
             Chart("Wins", "share of prompts against the start", "eval/win_rate", smoothed=False),
             Chart("Best of each prompt", "score", "objective/best_score"),
             Chart("Groups without a winner", "share of equal scores", "objective/zero_std", floor=0.0, ceiling=1.0),
-            Chart("Returns", "mean over tokens", "objective/returns"),
         ),
     ),
     (
@@ -151,6 +150,7 @@ ROLLOUTS: Sequence[Group] = (
     (
         "What the critic knows",
         (
+            Chart("Returns", "mean over tokens", "objective/returns"),
             Chart("Value loss", "", "loss/value_avg", floor=0.0),
             Chart("Explained variance", "of the returns", "val/explained_variance", ceiling=1.0),
             Chart("Clipped values", "share of tokens", "val/clipfrac_avg", floor=0.0),
