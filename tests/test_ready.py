@@ -76,7 +76,8 @@ def test_every_mistake_is_told_at_once_with_where_it_was_set():
         "room",
         "pretrain.best (set by 'pretrain.best=best'): found 'best', and there is no held-out text; raise "
         "data.val_fraction above 0, or use last",
-        "ppo.best (set by 'ppo.best=best'): found 'best', and ppo measures nothing on held-out data; expected last",
+        "ppo.best (set by 'ppo.best=best'): found 'best', and ppo measures nothing on held-out data; "
+        "set ppo.gold, or use last",
         "ppo.data.path (unset by 'ppo.data=null'): must be set, a JSONL file of prompts",
         "sft.data.eval_path (set by 'sft.data.eval_path={run}/data/instruction_eval.jsonl'): "
         "runs/a/data/instruction_eval.jsonl does not exist, nor does the folder runs/a/data. "

@@ -29,6 +29,10 @@ class Stage:
     evals: tuple[Mapping[str, Any], ...]
     done: Mapping[str, Any] | None
     """What the stage wrote when it was complete; None while it is not."""
+    warnings: tuple[Mapping[str, Any], ...] = ()
+    """What looked wrong with its figures."""
+    samples: tuple[Mapping[str, Any], ...] = ()
+    """Episodes that were kept to be read."""
 
     def curve(self, key: str) -> list[Point]:
         """Finite values of a training metric; "time/x" looks into the line's times."""
@@ -67,9 +71,9 @@ class Stage:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Speed of the median step, so that compilation and evaluations do not count; in PPO of the median rollout
+        """Speed of the median step, so that compilation and evaluations do not count; in RL of the median rollout
         with its updates, for most updates have no rollout to wait for."""
-        speeds, rollouts = self.curve("time/tokens_per_second"), [step for step, _ in self.curve("objective/kl")]
+        speeds, rollouts = self.curve("time/tokens_per_second"), [step for step, _ in self.curve("objective/scores")]
         groups: dict[int, list[float]] = {}
         for step, speed in speeds:
             groups.setdefault(bisect_right(rollouts, step) if rollouts else step, []).append(speed)
@@ -149,7 +153,19 @@ def _read_stage(folder: Path) -> Stage | None:
             (evals if "eval" in line else train)[line["step"]] = line
     if done is None and not train and not evals:
         return None
-    return Stage(folder.name, _ordered(train), _ordered(evals), done)
+    warnings, samples = (_read_all(folder / name) for name in ("warnings.jsonl", "samples.jsonl"))
+    return Stage(
+        name=folder.name,
+        train=_ordered(train),
+        evals=_ordered(evals),
+        done=done,
+        warnings=tuple(line for line in warnings if "text" in line),
+        samples=tuple(samples),
+    )
+
+
+def _read_all(path: Path) -> list[Mapping[str, Any]]:
+    return _read_lines(path) if path.is_file() else []
 
 
 def _ordered(lines: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -157,7 +173,7 @@ def _ordered(lines: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any],
 
 
 def _read_lines(path: Path) -> list[Mapping[str, Any]]:
-    """The lines of metrics.jsonl; a last line that is still being written (no line break yet) is left out."""
+    """The lines of metrics.jsonl and its like; a last line still being written (no line break yet) is left out."""
     text = path.read_text(encoding="utf-8", errors="replace")
     complete, _, _ = text.rpartition("\n")
     lines = []

@@ -38,6 +38,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         "sft": _sft(stages["sft"], run.results) if "sft" in stages else None,
         "reward": _reward(stages["reward"], run.results) if "reward" in stages else None,
         **{name: _aligned(stages[name], run.results) for name in ALIGNED if name in stages},
+        "warnings": {name: [dict(told) for told in stage.warnings] for name, stage in stages.items() if stage.warnings},
         "base": _base(run.results),
         "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
@@ -83,6 +84,11 @@ def key_result(figures: Mapping[str, Any], name: str) -> str:
         parts.append(f"{percent(found['heldout_accuracy'], 1)} of held-out pairs right")
     if found.get("gold_after") is not None and found.get("gold_before") is not None:
         parts.append(f"gold score from {decimal(found['gold_before'])} to {decimal(found['gold_after'])}")
+    held = found.get("held_out") or {}
+    if "gold_after" not in found and held.get("gold") is not None and held.get("gold_start") is not None:
+        parts.append(f"gold score of held-out prompts from {decimal(held['gold_start'])} to {decimal(held['gold'])}")
+    elif "gold_after" not in found and found.get("score_end") is not None:
+        parts.append(f"score from {decimal(found['score_start'])} to {decimal(found['score_end'])}")
     if found.get("win_rate_vs_sft") is not None:
         parts.append(f"wins {percent(found['win_rate_vs_sft'])} of prompts against SFT")
     if found.get("kl") is not None:
@@ -117,6 +123,9 @@ def _aligned(stage: Stage, results: Mapping[str, Any]) -> dict[str, Any]:
     return _present(
         heldout_accuracy=stage.measured("rewards/accuracies"),
         heldout_margin=stage.measured("rewards/margins"),
+        score_start=_early(stage, "objective/scores"),
+        score_end=_recent(stage, "objective/scores"),
+        held_out=_held_out(stage),
         gold_before=before.get("gold"),
         gold_after=after.get("gold"),
         reward_before=before.get("reward"),
@@ -140,9 +149,22 @@ def _base(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _recent(stage: Stage, key: str) -> float | None:
-    """Mean over the last tenth of the stage, ten steps at least: one rollout is noisy."""
+    """Mean over the last tenth of a stage's values, five at least: one rollout is noisy."""
     curve = stage.curve(key)
-    return fmean(value for _, value in curve[-max(10, len(curve) // 10) :]) if curve else None
+    return fmean(value for _, value in curve[-max(5, len(curve) // 10) :]) if curve else None
+
+
+def _early(stage: Stage, key: str) -> float | None:
+    """Mean of the first three: a good stage soon leaves its start."""
+    curve = stage.curve(key)
+    return fmean(value for _, value in curve[:3]) if curve else None
+
+
+def _held_out(stage: Stage) -> dict[str, float] | None:
+    """The evaluation within the stage, of the parameters that were handed on."""
+    names = ("gold", "gold_error", "gold_start", "win_rate", "win_rate_error", "kl", "length", "eos_rate")
+    found = {name: value for name in names if (value := stage.measured(name)) is not None}
+    return found if "gold" in found else None
 
 
 def _present(**values: Any) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -13,13 +12,12 @@ from typing import Any
 
 import jinja2
 import yaml
-from markupsafe import Markup
 
 from jaxgpt.report import numbers
-from jaxgpt.report.charts import Line, line_chart, smooth
-from jaxgpt.report.collect import Run, Stage, read_run
-from jaxgpt.report.figures import TITLES, key_result, report_figures
-from jaxgpt.report.judged import margins, reward_charts
+from jaxgpt.report.collect import Run, read_run
+from jaxgpt.report.figures import TITLES, report_figures
+from jaxgpt.report.judged import margins
+from jaxgpt.report.stages import stage_view
 from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
@@ -27,74 +25,6 @@ SAMPLE_TITLES = {
     "base_few_shot": "Base, few-shot",
     "sft": "SFT",
     **{name: TITLES[name] for name in ALIGNED},
-}
-
-
-@dataclass(frozen=True)
-class Chart:
-    """Which metric a chart shows; `key` of training lines and of evaluations, `beside` a second training metric."""
-
-    title: str
-    unit: str
-    key: str
-    smoothed: bool = True
-    log: bool = False
-    floor: float | None = None
-    ceiling: float | None = None
-    span: int = 1
-    eval_key: str | None = None
-    beside: tuple[str, str, str] | None = None
-    """Key, its label, and the label of the first metric."""
-
-
-LEARNING_RATE = Chart("Learning rate", "", "lr", smoothed=False, floor=0.0)
-GRADIENT = Chart("Gradient norm", "before clipping", "grad_norm", floor=0.0)
-SPEED = Chart("Speed", "tokens/s", "time/tokens_per_second", floor=0.0)
-LANGUAGE = (
-    Chart("Loss", "nats per token", "nll", log=True, span=3, eval_key="nll"),
-    LEARNING_RATE,
-    GRADIENT,
-    SPEED,
-)
-CHARTS: Mapping[str, Sequence[Chart]] = {
-    "pretrain": LANGUAGE,
-    "sft": LANGUAGE,
-    "reward": (
-        Chart("Accuracy", "share of pairs", "accuracy", ceiling=1.0, span=2, eval_key="accuracy"),
-        Chart("Loss", "nats per pair", "loss", eval_key="loss"),
-        Chart("Margin", "score of better minus worse", "margin"),
-        LEARNING_RATE,
-        GRADIENT,
-    ),
-    "ppo": (
-        Chart(
-            "Score",
-            "of the reward model",
-            "objective/score",
-            span=2,
-            beside=("objective/rlhf_reward", "score minus KL penalty", "score"),
-        ),
-        Chart("KL from the SFT model", "nats per response", "objective/kl", floor=0.0),
-        Chart("Length", "tokens per response", "objective/length", floor=0.0),
-        Chart("Ended by itself", "share of responses", "objective/eos_rate", floor=0.0, ceiling=1.0),
-        Chart("Clipped", "share of tokens", "policy/clipfrac_avg", floor=0.0),
-        Chart("Value function", "explained variance", "value/explained_variance", ceiling=1.0),
-        LEARNING_RATE,
-        SPEED,
-    ),
-    "dpo": (
-        Chart("Accuracy", "share of pairs", "rewards/accuracies", ceiling=1.0, span=2, eval_key="rewards/accuracies"),
-        Chart("Loss", "of a ranking", "loss", eval_key="loss"),
-        Chart("Margin", "reward of better minus worse", "rewards/margins", eval_key="rewards/margins"),
-        Chart(
-            "Rewards",
-            "beta times the gain over the reference",
-            "rewards/chosen",
-            beside=("rewards/rejected", "worse response", "better response"),
-        ),
-        LEARNING_RATE,
-        GRADIENT,
-    ),
 }
 
 
@@ -114,12 +44,16 @@ def write_report(run: Path) -> Path:
 def render_page(run: Run, figures: Mapping[str, Any]) -> str:
     """The page as text. Every word from the run passes through Jinja's escaping."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FunctionLoader(lambda name: files("jaxgpt.report").joinpath(name).read_text(encoding="utf-8")),
     )
     environment.filters |= {
         name: getattr(numbers, name) for name in ("count", "decimal", "signed", "percent", "points", "duration")
     }
-    template = environment.from_string(files("jaxgpt.report").joinpath("page.html").read_text(encoding="utf-8"))
+    template = environment.get_template("page.html")
     return template.render(
         name=run.name,
         finished=_date(run.finished),
@@ -131,7 +65,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         samples=[sample for sample in run.results.get("samples", []) if any(sample.get(key) for key in SAMPLE_TITLES)],
         prompts=run.results.get("prompts"),
         tax=[table for name in ALIGNED for table in _tax_tables(figures, name)],
-        stages=[_stage_view(figures, stage) for stage in run.stages.values()],
+        stages=[stage_view(figures, stage) for stage in run.stages.values()],
         margins=margins(figures.get("reward", {}).get("by_margin") or []),
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
         reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
@@ -217,6 +151,15 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
         if (rate := found.get("win_rate_vs_sft")) is not None:
             kl = f"at a KL of {numbers.decimal(found['kl'])} nats" if found.get("kl") is not None else ""
             add(title, numbers.percent(rate), "of prompts won against SFT", kl)
+        if "gold_after" not in found and (held := found.get("held_out")) and held.get("gold") is not None:
+            start = f"{numbers.decimal(held['gold_start'])} at the start" if held.get("gold_start") is not None else ""
+            add(title, numbers.decimal(held["gold"]), "gold score of held-out prompts", start)
+        elif "gold_after" not in found and found.get("score_end") is not None:
+            note = f"{numbers.decimal(found['score_start'])} in the first rollouts"
+            add(title, numbers.decimal(found["score_end"]), "score in the last rollouts", note)
+    if warnings := figures.get("warnings"):
+        note = ", ".join(f"{TITLES[name]} {len(told)}" for name, told in warnings.items())
+        add("Health", str(sum(map(len, warnings.values()))), "warnings", note)
     return tiles
 
 
@@ -280,47 +223,3 @@ def _table(
     placed = [row | {"x": [place(row["before"]), place(row["after"])]} for row in rows]
     asked = any(row["asked"] is not None for row in rows)
     return {"title": title, "rows": placed, "zero": place(0.0), "share": share, "columns": columns, "asked": asked}
-
-
-def _stage_view(figures: Mapping[str, Any], stage: Stage) -> dict[str, Any]:
-    waits = [value for _, value in stage.curve("time/wait")]
-    skipped = [value for _, value in stage.curve("skipped")]
-    facts = [
-        ("Updates", numbers.count(stage.steps)),
-        ("Tokens" if stage.name == "pretrain" else "Tokens, padding included", numbers.count(stage.tokens)),
-        ("Time", numbers.duration(stage.seconds)),
-        ("Tokens/s", numbers.count(stage.tokens_per_second)),
-    ]
-    if stage.done and stage.done["step"] != stage.steps:
-        facts.append(("Handed on: update", numbers.count(stage.done["step"])))
-    if waits:
-        facts.append(("Waiting for data", numbers.percent(sum(waits) / len(waits), 1)))
-    if skipped and skipped[-1]:
-        facts.append(("Updates skipped", numbers.count(skipped[-1])))
-    charts = [drawn for chart in CHARTS[stage.name] if (drawn := _draw(stage, chart))]
-    if stage.name == "reward":
-        charts += reward_charts(figures["reward"])
-    return {
-        "id": stage.name,
-        "title": TITLES[stage.name],
-        "result": key_result(figures, stage.name),
-        "finished": stage.done is not None,
-        "facts": facts,
-        "charts": charts,
-    }
-
-
-def _draw(stage: Stage, chart: Chart) -> Markup:
-    raw = stage.curve(chart.key) or (stage.curve("loss") if chart.key == "nll" else [])
-    validation = stage.eval_curve(chart.eval_key) if chart.eval_key else []
-    label = chart.beside[2] if chart.beside else "training, smoothed" if validation else ""
-    if chart.smoothed and len(raw) > 8:
-        lines = [Line("each update" if label else "", raw, "raw"), Line(label, smooth(raw), "main")]
-    else:
-        lines = [Line(label, raw, "main")]
-    if chart.beside:
-        lines.append(Line(chart.beside[1], smooth(stage.curve(chart.beside[0])), "second"))
-    lines.append(Line("validation", validation, "dots"))
-    return line_chart(
-        chart.title, chart.unit, lines, log=chart.log, floor=chart.floor, ceiling=chart.ceiling, span=chart.span
-    )

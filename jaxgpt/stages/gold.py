@@ -16,10 +16,11 @@ from jaxgpt.config.schema import GoldConfig, RolloutConfig
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.graders import check_records
 from jaxgpt.mesh import put_batch
-from jaxgpt.models.net import Params
+from jaxgpt.models.net import Params, joined
 from jaxgpt.sampling import bucket
 from jaxgpt.stages.episodes import Actors
 from jaxgpt.stages.judge import Judge
+from jaxgpt.stages.roles import Roles
 from jaxgpt.stages.rollouts import WIDTH, join, reference_kl, respond
 from jaxgpt.stages.run import Run
 from jaxgpt.train.step import Batch
@@ -41,6 +42,26 @@ def gold_rows(run: Run, config: RolloutConfig, name: str) -> PromptRows | None:
     return rows
 
 
+def held_out(run: Run, config: RolloutConfig, name: str, roles: Roles, ends: tuple[int, ...]) -> Gold | None:
+    """The held-out evaluation of a stage, where there is one; `ends` are the tokens that end a response."""
+    rows = gold_rows(run, config, name)
+    if config.gold is None or rows is None:
+        return None
+    scored = config.model_copy(update={"rewards": config.gold.rewards})
+    return Gold(
+        config=config,
+        actors=dataclasses.replace(roles.actors, critic=None),
+        judge=Judge(scored, [], rows, run.tokenizer, f"{name}.gold"),
+        prompts=rows,
+        beside=roles.beside,
+        start=lambda: {"policy": joined(roles.policy.frozen(), roles.policy.first())},
+        mesh=run.mesh,
+        key=run.key("gold"),
+        ends=ends,
+        pad=run.tokenizer.pad,
+    )
+
+
 @dataclasses.dataclass
 class Gold:
     """Responses to the first prompts of a file, sampled with the same random numbers each time, and their gold scores.
@@ -50,6 +71,7 @@ class Gold:
 
     config: RolloutConfig
     actors: Actors
+    """Policy and reference."""
     judge: Judge
     """Of the gold score."""
     prompts: PromptRows
@@ -66,7 +88,6 @@ class Gold:
         assert self.config.gold is not None
         gold: GoldConfig = self.config.gold
         self._count = min(gold.prompts, len(self.prompts))
-        self.actors = dataclasses.replace(self.actors, critic=None)
         self._respond = jax.jit(self._responses)
         self._measure = jax.jit(self._measured)
         self._join, self._figures = jax.jit(join), jax.jit(_figures)

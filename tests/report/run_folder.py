@@ -188,8 +188,15 @@ def stage_metrics(stage: str, share: float, noise: random.Random) -> dict[str, f
     kl = 0.85 * share + 0.05 * noise.random()
     return {
         "loss": 0.1,
-        "objective/score": score,
+        "objective/scores": score,
         "objective/kl": kl,
+        "objective/kl_k3": kl + 0.05 * noise.gauss(0, 1),
+        "objective/scores_std": 0.8,
+        "objective/entropy": 0.4 - 0.1 * share,
+        "objective/returns": score,
+        "val/ratio_max": 1.5 + noise.random(),
+        "val/ratio_gap": 3e-6,
+        "val/clipfrac_avg": 0.01,
         "objective/rlhf_reward": score - 0.05 * kl,
         "objective/length": 18 + 4 * share + 0.8 * noise.gauss(0, 1),
         "objective/eos_rate": min(1.0, 0.97 + 0.02 * noise.gauss(0, 1)),
@@ -199,5 +206,5 @@ def stage_metrics(stage: str, share: float, noise: random.Random) -> dict[str, f
         "val/ratio": 1.0,
         "loss/policy_avg": -0.02,
         "loss/value_avg": 0.2,
-        "value/explained_variance": 0.75 * (1 - math.exp(-6 * share)) + 0.06 * noise.gauss(0, 1),
+        "val/explained_variance": 0.75 * (1 - math.exp(-6 * share)) + 0.06 * noise.gauss(0, 1),
     }

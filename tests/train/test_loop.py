@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from toy import ROWS, done, lines, mesh_of, rows, run, settings, stage
 
+from jaxgpt.health import Limits
 from jaxgpt.mesh import put_batch
 from jaxgpt.train.checkpoint import Checkpoints, load_params, params_meta
 from jaxgpt.train.loop import Drawn, Preempted, train
@@ -58,7 +59,7 @@ def test_every_step_has_one_line_and_every_evaluation(undisturbed):
     ]  # fmt: skip
     for line in found:
         if "eval" not in line:
-            assert line.keys() == {"step", "loss", "error", "lr", "grad_norm", "skipped", "coef", "tokens"}
+            assert line.keys() == {"step", "loss", "error", "lr", "grad_norm", "skipped", "idle", "coef", "tokens"}
             assert line["tokens"] == line["step"] * ROWS
             assert line["lr"] == pytest.approx(0.01 / line["step"], rel=1e-6)
             assert line["coef"] == pytest.approx(0.1 * 1.5 ** line["step"], rel=1e-5)  # each line has its own step's
@@ -229,7 +230,7 @@ def test_a_damaged_checkpoint_costs_its_steps_and_is_told(undisturbed, tmp_path)
 
 def test_finish_is_the_last_word_on_the_parameters(tmp_path):
     mesh = mesh_of(2, 2, 2)
-    run(tmp_path, shape=(2, 2, 2), steps=2, finish=lambda params: {"down_F": params["down_F"] * 0})
+    run(tmp_path, shape=(2, 2, 2), steps=2, finish=lambda state: {"down_F": state.params["down_F"] * 0})
     with jax.set_mesh(mesh):
         target = {"down_F": stage(mesh).abstract["down_F"]}
         assert float(jnp.sum(load_params(tmp_path / "params", target)["down_F"])) == 0.0
@@ -252,3 +253,30 @@ def test_the_step_is_called_without_copies_from_the_host(tmp_path):
         plain = stage(mesh, source=lambda n, state: Drawn(rows(n), state.extras))
         with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
             train(plain, tmp_path, settings(), {}, Console(file=io.StringIO()))
+
+
+def test_warnings_are_told_once_whatever_interrupts_the_run(tmp_path):
+    """A limit that most of the toy's gradients pass: the resumed run goes on where the watch was."""
+    mesh = mesh_of(1, 1, 1)
+    with jax.set_mesh(mesh):
+        source = stage(mesh).source
+
+    def spoilt(n, state):
+        drawn = source(n, state)
+        return drawn._replace(batch={**drawn.batch, "y": drawn.batch["y"] * jnp.nan}) if n in (2, 5) else drawn
+
+    def cut(n, state):
+        return power_goes() if n == 7 else spoilt(n, state)
+
+    limits = Limits(updates=2, calm=1, loss=0.9)
+    said = run(tmp_path / "whole", source=spoilt, limits=limits)
+    kept = (tmp_path / "whole" / "warnings.jsonl").read_text()
+    notices = [json.loads(line) for line in kept.splitlines()]
+    assert [notice["step"] for notice in notices if notice["warning"] == "not finite"] == [3]
+    assert all(f"warning: {notice['text']}" in said for notice in notices)
+    assert notices[0].keys() == {"step", "warning", "value", "limit", "text"}
+    with pytest.raises(Cut):
+        run(tmp_path / "cut", source=cut, limits=limits)
+    said = run(tmp_path / "cut", source=spoilt, limits=limits)
+    assert (tmp_path / "cut" / "warnings.jsonl").read_text() == kept
+    assert "step 3:" not in said  # of before the checkpoint

@@ -8,7 +8,8 @@ import time
 import pytest
 from rich.console import Console
 
-from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines
+from jaxgpt.health import Limits
+from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Warnings
 
 TIME = {"seconds": 1.0, "tokens_per_second": 1234.5, "wait": 0.5}
 
@@ -137,3 +138,22 @@ def test_the_clock_goes_on_from_earlier_starts_and_leaves_evaluations_out():
     clock.skip()
     lap = clock.lap()
     assert lap["tokens_per_second"] > 1000 and lap["wait"] == 0.0 and lap["seconds"] >= 100.25
+
+
+def test_an_evaluation_shows_errors_beside_what_they_belong_to():
+    out = io.StringIO()
+    writer = ConsoleLine(Console(file=out, width=200), "ppo", steps=9, start=0, every=1)
+    writer.write({"step": 5, "eval": {"gold": 1.25, "gold_error": 0.0456, "kl": 0.5}, "time": TIME})
+    assert out.getvalue() == "ppo step 5/9  eval  gold 1.25 ± 0.046  kl 0.5\n"
+
+
+def test_warnings_are_yellow_on_a_terminal_and_plain_elsewhere(tmp_path):
+    for number, terminal in enumerate((True, False)):
+        out, folder = io.StringIO(), tmp_path / str(number)
+        writer = Warnings(folder, 0, Limits(), Console(file=out, width=400, force_terminal=terminal))
+        writer.write(line(1))
+        writer.write(line(2, skipped=1))
+        writer.close()
+        assert ("\x1b[33m" in out.getvalue()) == terminal
+        assert "warning: step 2: loss, gradient or update is not finite" in out.getvalue()
+        assert [found["step"] for found in read(folder / "warnings.jsonl")] == [2]
