@@ -39,9 +39,7 @@ def check_ready(verb: str, loaded: Loaded) -> None:
     sections = [*stages, "evaluate"] if evaluates else stages
     problems = [*_contexts(loaded, sections), *_best(loaded, stages)]
     if verb in ("run", "doctor") and not stages:
-        problems.append(
-            f"there is nothing to {'run' if verb == 'run' else 'examine'}: the config has none of the sections {', '.join(STAGES)}"
-        )
+        problems.append(f"there is nothing to {verb}: the config has none of the sections {', '.join(STAGES)}")
     if verb != "config":
         problems += _unset(loaded, sections)
         problems += _missing(loaded, _needed(config, sections, bool(stages) or verb == "tokenizer"), verb != "eval")

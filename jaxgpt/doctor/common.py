@@ -62,7 +62,7 @@ def still(trial: Trial) -> list[Check]:
         ),
         Check(
             "drift at lr = 0", "moved" if moved else "none", "none, bit for bit", not moved,
-            f"something besides the optimizer's rate changes parameters in {trial.name}; that is a fault of the program",
+            f"something besides the optimizer's rate changes parameters in {trial.name}: a fault of the program",
         ),
     ]  # fmt: skip
 

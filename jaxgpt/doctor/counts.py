@@ -81,7 +81,7 @@ def count_conversations(
     twice = {r.prompt for r in rows} & {r.prompt for r in held_out}
     return [
         Check("conversations", f"{len(rows):,}", change=share),
-        none_of("records that are no conversations", len(bad), f"mend or drop them; the first: {bad[0] if bad else ''}"),
+        none_of("records that are no conversations", len(bad), f"mend or drop them; the first: {''.join(bad[:1])}"),
         none_of(
             "rows with nothing to learn", len(empty),
             f"{_first(empty)}no token within sft.context={context} is the assistant's: raise sft.context, shorten the "
@@ -100,7 +100,7 @@ def count_conversations(
         ),
         round_trip(rows, tokenizer),
         *_tokens([r.ids for r in rows], [r.where for r in rows], tokenizer),
-        Check("prompts also held out", f"{len(twice):,}", change="the held-out loss is too good by these" * bool(twice)),
+        Check("prompts also held out", f"{len(twice):,}", change="the held-out loss is too good" * bool(twice)),
     ]  # fmt: skip
 
 

@@ -44,7 +44,7 @@ def invariance(trial: Trial, net: Net, params: Params) -> list[Check]:
     beyond_BKT = np.arange(T) >= lengths_BK[:, :, None]
     filled = np.where(beyond_BKT, np.int32(trial.run.tokenizer.eos), batch["tokens"])
     room = trial.run.config.model.context - width
-    wide = T if T > width else width + min(room, 8)
+    wide = T if width < T else width + min(room, 8)
     padded = np.zeros((*lengths_BK.shape, wide), np.int32)
     padded[:, :, : min(wide, T)] = batch["tokens"][:, :, :wide]
     narrow_BK = scores(batch["tokens"][:, :, :width]) if wide != width else base_BK
