@@ -109,8 +109,10 @@ def _doctor(name: str, words: list[str]) -> int:
     """Checks of all that a file describes; 1 where one fails."""
     loaded = _load(name, words)
     check_ready(name, loaded)
+    from jaxgpt.api import keep_compiled
     from jaxgpt.doctor import examine
 
+    keep_compiled()
     return examine(loaded.config)
 
 

@@ -29,17 +29,16 @@ class Check:
     """What to change where it does not hold; of a figure without a bar, a remark."""
 
 
-def below(name: str, figure: float, bar: float | None, change: str, unit: str = "") -> Check:
-    """A figure that has to be less than its bar; one without a bar is told alone. NaN never holds."""
-    shown = f"{figure:.2g}{unit}"
+def below(name: str, figure: float, bar: float | None, change: str, shown: str = "") -> Check:
+    """A figure that has to be less than its bar (`shown` to people), which NaN never is; without a bar it is told alone."""
     if bar is None:
-        return Check(name, shown)
-    return Check(name, shown, f"below {bar:g}", bool(figure < bar), change)
+        return Check(name, f"{figure:.2g}")
+    return Check(name, f"{figure:.2g}", f"below {shown or f'{bar:g}'}", bool(figure < bar), change)
 
 
-def exactly(name: str, figure: float, wanted: float, change: str, unit: str = "") -> Check:
-    """A figure that has to be one number, bit for bit."""
-    return Check(name, f"{figure:.2g}{unit}", f"exactly {wanted:g}", bool(figure == wanted), change)
+def zero(name: str, figure: float, change: str) -> Check:
+    """A figure that has to be 0, bit for bit."""
+    return Check(name, f"{figure:.2g}", "exactly 0", bool(figure == 0.0), change)
 
 
 def near(name: str, figure: float, wanted: float, within: float, change: str, shown: str) -> Check:
@@ -63,7 +62,7 @@ def show(console: Console, check: Check) -> None:
     line.append(bar, style="dim")
     told = "" if check.holds else check.change
     if not console.is_terminal:
-        console.print(f"{line.plain}  {told}".rstrip(), soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{line.plain}  {told}".rstrip(), highlight=False, markup=False)
         return
     console.print(line)
     if told:

@@ -18,7 +18,7 @@ from jaxgpt.train.step import Batch, make_step
 
 RANDOM_WITHIN = 1.0
 """Nats that a language model's first loss may be from log(vocabulary)."""
-FRESH_WITHIN = 0.5
+FRESH_WITHIN = 1.0
 """Nats that a reward model's first loss may be from log 2."""
 
 
@@ -43,7 +43,7 @@ def finite(name: str, params: Any) -> Check:
     ]
     first = f"the first is in {bad[0][0]}: " if bad else ""
     return none_of(
-        f"{name} that are no numbers", sum(count for _, count in bad),
+        f"not finite: {name}", sum(count for _, count in bad),
         f"{first}the checkpoint is spoilt; take another, or train its stage again with a lower lr",
     )  # fmt: skip
 
@@ -79,5 +79,5 @@ def language_loss(trial: Trial, figure: float) -> Check:
     return below(
         "loss at init, nats a token", figure, guess,
         f"the model that {trial.name} starts from is worse than guessing (log {trial.run.vocab:,}): another tokenizer "
-        "or template than it was trained with, or spoilt parameters",
+        "or template than it was trained with, or spoilt parameters", f"log {trial.run.vocab:,}",
     )  # fmt: skip

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 import jax
 from rich.console import Console
 
-from jaxgpt.api import keep_compiled
 from jaxgpt.config.schema import Config, DpoConfig, RewardConfig, RolloutConfig, SftConfig, StageConfig
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_rankings
@@ -35,8 +34,8 @@ def examine(config: Config, console: Console | None = None) -> int:
 
     Raises UserError for what no stage could begin with: a parent that is named and not there, settings that do not fit.
     """
-    keep_compiled()
     console = console or Console()
+    console.soft_wrap = not console.is_terminal  # a file or pipe gets one line a check
     asked = [name for name in STAGES if getattr(config, name) is not None]
     pipeline = Pipeline(config, console)
     pipeline.check(asked)
@@ -186,8 +185,8 @@ def _numbers(run: TrialRun, name: str, section: StageConfig) -> Iterator[Check]:
         elif isinstance(config, DpoConfig):
             yield _dpo(trial, config, figures)
         else:
-            yield common.finite("reference's parameters", stage.source.frozen())
-            yield common.finite("reward models' parameters", stage.source.judge.params)
+            yield common.finite("reference", stage.source.frozen())
+            yield common.finite("reward models", stage.source.judge.params)
             yield from rollout.first_rollout(trial, figures)
             yield from scores.in_rollouts(trial)
         yield from common.still(trial)
@@ -200,7 +199,7 @@ def _decoding(trial: Trial) -> Iterator[Check]:
     params, run = trial.stage.finish(trial.state), trial.run
     if is_finished(run.folder / trial.name):
         params = run.load_language(trial.name)
-        yield common.finite("finished parameters", params)
+        yield common.finite(f"finished {trial.name}", params)
     yield language.decoding(trial, params, run.tokenizer.ends)
 
 
@@ -209,7 +208,7 @@ def _scores(trial: Trial) -> Iterator[Check]:
     run = trial.run
     if is_finished(run.folder / trial.name):
         net, params = run.load_reward(trial.name)
-        yield common.finite("finished parameters", params)
+        yield common.finite(f"finished {trial.name}", params)
     else:
         net, params = scalar_model(run.config.model, run.vocab, trial.config.lora), trial.params
     yield from scores.invariance(trial, net, params)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxgpt.doctor.check import Check, below, exactly
+from jaxgpt.doctor.check import Check, below, zero
 from jaxgpt.doctor.trial import Trial
 from jaxgpt.losses import token_logp
 from jaxgpt.mesh import local_rows, put_batch
@@ -71,7 +71,7 @@ def packing(trial: Trial) -> list[Check]:
     leak, own = _gradients(trial, found, size)
     return [
         below("packed - alone, nats a token", max(gaps), trial.bar(1e-4, 0.05), MASKS),
-        exactly("gradient into other documents", leak, 0.0, MASKS),
+        zero("gradient into other documents", leak, MASKS),
         Check("gradient into the own document", f"{own:.2g}", "above 0", own > 0, "the document learns nothing"),
     ]
 

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.doctor.check import Check, below, exactly
+from jaxgpt.doctor.check import Check, below, zero
 from jaxgpt.doctor.trial import Trial
 from jaxgpt.mesh import batch_spec
 from jaxgpt.models.net import joined
@@ -64,7 +64,7 @@ def _bar(trial: Trial, float32: float) -> float | None:
 def _kl(trial: Trial, name: str, figure: float) -> Check:
     """KL is 0 bit for bit where reference and policy are the same numbers in the same arithmetic."""
     if trial.float32 and trial.config.lora is None and trial.config.frozen_dtype == "float32":
-        return exactly(name, figure, 0.0, SAME)
+        return zero(name, figure, SAME)
     return below(name, abs(figure), 0.05 * trial.config.response_length, SAME)
 
 

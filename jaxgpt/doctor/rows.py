@@ -12,7 +12,7 @@ from rich.text import Text
 
 from jaxgpt.data.tokenizer import Tokenizer
 
-LONGEST = 160
+LONGEST = 240
 """Characters of one run of tokens of a kind that are shown."""
 STYLES = {"trained": "bold green", "not trained": "", "control": "magenta"}
 PLAIN = "In [ ] is what is trained; <...> are control tokens."
@@ -66,7 +66,7 @@ def coloured(row: Sequence[Run]) -> Text:
 def legend(console: Console) -> None:
     """Says how rows are marked."""
     if not console.is_terminal:
-        console.print(PLAIN, markup=False, highlight=False, soft_wrap=True)
+        console.print(PLAIN, markup=False, highlight=False)
         return
     text = Text("Rows: ", style="dim")
     for name, style in STYLES.items():
@@ -80,4 +80,4 @@ def show(console: Console, where: str, row: Sequence[Run]) -> None:
     if console.is_terminal:
         console.print(Text(f"  {where}  ", style="dim") + coloured(row))
     else:
-        console.print(f"  {where}  {plain(row)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  {where}  {plain(row)}", markup=False, highlight=False)
