@@ -107,6 +107,17 @@ def _pipeline(name: str, words: list[str]) -> int:
     return run_verb(name, loaded.config)
 
 
+def _doctor(name: str, words: list[str]) -> int:
+    """Checks of all that a file describes; 1 where one fails."""
+    loaded = _load(name, words)
+    check_ready(name, loaded)
+    from jaxgpt.api import keep_compiled
+    from jaxgpt.doctor import examine
+
+    keep_compiled()
+    return examine(loaded.config)
+
+
 def _report(name: str, words: list[str]) -> int:
     """The report of a run folder, or of the run a file describes."""
     if _names_a_config(words):
@@ -276,6 +287,7 @@ def _show(lines: list[str]) -> None:
 
 VERBS = {
     "run": Verb(CONFIG_USAGE, "All that the file describes, data to report; goes on where it was.", _pipeline, ALL),
+    "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
     "prepare": Verb(CONFIG_USAGE, "Make the run's data files.", _pipeline, (*ALWAYS, "prepare"), "prepare"),
     "tokenizer": Verb(CONFIG_USAGE, "Train the tokenizer.", _pipeline, (*ALWAYS, "data", "tokenizer")),
     "pretrain": Verb(CONFIG_USAGE, "Stage 1: predict text.", _pipeline, (*STAGE, "data", "pretrain"), "pretrain"),

@@ -33,14 +33,14 @@ DATA = {
 def check_ready(verb: str, loaded: Loaded) -> None:
     """Raises ConfigError with all that speaks against a verb; `config` is told what holds for any verb."""
     config = loaded.config
-    asked = STAGES if verb in ("run", "config") else (verb,)
+    asked = STAGES if verb in ("run", "config", "doctor") else (verb,)
     stages = [name for name in STAGES if name in asked and getattr(config, name) is not None]
-    evaluates = config.evaluate is not None and verb in ("run", "config", "eval")
+    evaluates = config.evaluate is not None and verb in ("run", "config", "doctor", "eval")
     sections = [*stages, "evaluate"] if evaluates else stages
     problems = [*_contexts(loaded, sections), *_best(loaded, stages), *_normalized(loaded, stages)]
     problems += _adapters(loaded, stages)
-    if verb == "run" and not stages:
-        problems.append(f"there is nothing to run: the config has none of the sections {', '.join(STAGES)}")
+    if verb in ("run", "doctor") and not stages:
+        problems.append(f"there is nothing to {verb}: the config has none of the sections {', '.join(STAGES)}")
     if verb != "config":
         problems += _unset(loaded, sections)
         problems += _missing(loaded, _needed(config, sections, bool(stages) or verb == "tokenizer"), verb != "eval")

@@ -55,7 +55,7 @@ def load_conversations(
     """
     examples = []
     for record in read_jsonl(paths):
-        messages = _conversation(record, prompt_field, completion_field)
+        messages = messages_of(record, prompt_field, completion_field)
         if not any(message["role"] == "assistant" for message in messages):
             raise UserError(
                 f"{record.where}: no assistant turn, so nothing can be learned; "
@@ -214,7 +214,8 @@ def render_record(
         raise UserError(f"{record.where}: {error}") from error
 
 
-def _conversation(record: Record, prompt_field: str, completion_field: str) -> list[Message]:
+def messages_of(record: Record, prompt_field: str = "prompt", completion_field: str = "completion") -> list[Message]:
+    """The messages of a conversation in any of the forms of `load_conversations`; UserError where it has none."""
     if "messages" in record.value:
         return messages_under(record, "messages")
     if "conversations" in record.value:

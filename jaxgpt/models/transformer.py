@@ -136,9 +136,13 @@ class Backbone(nnx.Module):
         """Normalised hidden states, [B, T, D]."""
         place = Place(segments_BT, self.tables(positions_BT), seeds_B, self.dropout)
         x_BTD = dropout(self.embed(tokens_BT, positions_BT), seeds_B, jnp.int32(2 * self.c.layers), self.dropout)
-        return self.norm(self._run(x_BTD, place))
+        return self.run(x_BTD, place)
 
-    def _run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
+    def run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
+        """Normalised hidden states from embeddings."""
+        return self.norm(self._blocks(x_BTD, place))
+
+    def _blocks(self, x_BTD: jax.Array, place: Place) -> jax.Array:
         """All blocks. A scan goes over whole periods of windows; where those do not divide the depth it is unrolled."""
         c, period = self.c, len(self.c.attention.windows)
 

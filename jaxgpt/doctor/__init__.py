@@ -1,0 +1,5 @@
+"""Checks on the user's own models, tokenizer and data before a run is paid for."""
+
+from jaxgpt.doctor.examine import examine
+
+__all__ = ["examine"]
