@@ -121,15 +121,16 @@ def _report(name: str, words: list[str]) -> int:
 
 
 def _eval(name: str, words: list[str]) -> int:
-    """One model of a run folder on tasks and texts, or all of what a file describes."""
+    """One model of a run folder on tasks, texts and against others, or all of what a file describes."""
     if _names_a_config(words):
         return _pipeline(name, words)
     run, wanted = _folder(words[0]), parse_settings(Measures, words[1:])
     from jaxgpt.evaluate.measure import check, measure
 
-    check(run, wanted, shlex.join([name, *words]))
+    key = None if wanted.judge_key is None else os.environ.get(wanted.judge_key)
+    alignment = check(run, wanted, shlex.join([name, *words]), key)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # lm-eval would fork beside jax's threads for standard errors
-    return measure(run, wanted)
+    return measure(run, wanted, alignment)
 
 
 def _import(name: str, words: list[str]) -> int:
@@ -288,8 +289,9 @@ VERBS = {
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
     "eval": Verb(
-        f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... | {CONFIG_USAGE}",
-        "Measure a model on lm-eval tasks and texts, a reward model on rankings, or the run as its file says.",
+        f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN,... best_of=N,... frontier=STAGE,... "
+        f"| {CONFIG_USAGE}",
+        "Measure a model on tasks, texts, rankings and against others, or the run as its file says.",
         _eval,
         (*STAGE, "evaluate"),
         "evaluate",

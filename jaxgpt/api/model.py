@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -86,6 +87,17 @@ class Model:
         self._scores = jax.jit(lambda params, rows: score_rows(self.net.bind(params), rows["tokens"], rows["lengths"]))
         self._start = jax.jit(self._prefill, static_argnums=2)
         self._advance = jax.jit(self._decode, donate_argnums=1)
+
+    def sharing(self, other: Model) -> Model:
+        """This model with the compiled programs of `other`, where the two differ in their parameters alone."""
+        alike = ("kind", "config", "vocab", "mesh")
+        if any(getattr(self, name) != getattr(other, name) for name in alike) or (
+            self.tokenizer.hash != other.tokenizer.hash
+        ):
+            return self
+        made = copy.copy(other)
+        made.folder, made.params = self.folder, self.params
+        return made
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text: BOS, for tokenizers that have one, and the text. Control pieces in it are plain text."""

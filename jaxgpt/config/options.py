@@ -15,7 +15,7 @@ from jaxgpt.config.check import build, shown
 from jaxgpt.config.describe import default
 from jaxgpt.config.fields import sections, settings, words
 from jaxgpt.config.load import COMMAND_LINE, ConfigError
-from jaxgpt.config.schema import Count, MeshConfig, NonNegative, Positive, Section, Whole
+from jaxgpt.config.schema import Count, MeshConfig, NonNegative, Positive, Section, Seed, Whole
 from jaxgpt.config.tree import Node, merge, parse, plant
 from jaxgpt.errors import nearest
 
@@ -112,6 +112,15 @@ def _listed(value: Any) -> Any:
 Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 
 
+def _numbers(value: Any) -> Any:
+    """A number, or the numbers between a text's commas, in order and each once."""
+    parts = _listed(value) if isinstance(value, str) else value if isinstance(value, list | tuple) else (value,)
+    return tuple(sorted({TypeAdapter(Count).validate_python(part) for part in parts}))
+
+
+Counts = Annotated[tuple[Count, ...], BeforeValidator(_numbers)]
+
+
 class Measures(Section):
     """What `jaxgpt eval RUN_FOLDER` measures, and how."""
 
@@ -121,31 +130,102 @@ class Measures(Section):
     """Files or patterns (.txt, .jsonl, packed or not) to give the perplexity and bits per byte of, each by itself."""
     rankings: Names = ()
     """Files of rankings to give a reward model's accuracy on, by "subset", "kind" or "source" of the records."""
+    against: Names = ()
+    """Models to compare responses with: runs, stages, checkpoints or hf:FOLDER; judge says which one is better."""
+    best_of: Counts = ()
+    """Numbers of responses to choose the best from by proxy: how judge's score rises with them, and pass@k."""
+    frontier: Names = ()
+    """Models whose KL from this one and scores are measured: stages (with all their checkpoints), runs, or patterns."""
     field: str = "text"
     """text: key of the text in JSONL records."""
     limit: Count | None = None
-    """Examples of each task, documents of each text file and rankings of each file, at most."""
+    """Examples of each task, documents of each text file, rankings of each file, and prompts, at most."""
     few_shot: Whole | None = None
     """tasks: solved examples before each question; unset means the task's own number."""
     chat: bool = False
     """tasks: put questions through the model's chat template."""
+    prompts: Names = ()
+    """JSONL files of prompts to respond to, for against, best_of and frontier."""
+    judge: str | None = None
+    """Who says what a response is worth: module:function, the run or folder of a reward model, hf:FOLDER, or the
+    address of an OpenAI-compatible server, http://127.0.0.1:8000/v1, which compares two and gives no scores."""
+    judge_model: str | None = None
+    """Model that the server is asked for; unset means its only one."""
+    judge_key: str | None = None
+    """Environment variable that holds the server's key; unset means it needs none."""
+    judge_timeout: Positive = 60.0
+    """Seconds that the server has for a reply."""
+    judge_parallel: Count = 4
+    """Questions to the server at a time."""
+    proxy: str | None = None
+    """Reward model, or module:function, that best_of chooses by and that frontier shows beside judge."""
+    samples: Count | None = None
+    """Responses to each prompt from which best_of is estimated; unset means the largest of its numbers."""
+    grade: Literal["exact", "number"] = "exact"
+    """What makes an answer right, for pass@k: the same text, or the same final number, as in the reward of that type."""
+    temperature: NonNegative = 1.0
+    """Sampling temperature of the responses."""
+    max_tokens: Count = 128
+    """Longest response, in tokens."""
+    seed: Seed = 0
+    """Seed of the responses."""
     batch: Count = 8
     """Rows in one forward pass, over all devices."""
     stage: str | None = None
     """Stage of the run to use; unset means its last finished language model, and for rankings its reward model."""
+    out: str | None = None
+    """Folder that the results are written to; unset means evaluate/ of the run."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
 
     @model_validator(mode="after")
     def _something(self) -> Measures:
-        if not (self.tasks or self.text or self.rankings):
+        if not (self.tasks or self.text or self.rankings or self.responds):
             raise ValueError(
                 "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt, or for a reward model "
-                "rankings=file.jsonl"
+                "rankings=file.jsonl; or with prompts=file.jsonl against=OTHER_RUN, best_of=1,2,4,8 or frontier=STAGE"
             )
         if not self.tasks and (self.chat or self.few_shot is not None):
             raise ValueError("chat and few_shot are for tasks, and there are none")
+        for name, users in FOR.items():
+            if getattr(self, name) not in (None, ()) and not any(getattr(self, user) for user in users):
+                raise ValueError(f"{name} is for {', '.join(users)}, and there is none")
         return self
+
+    @model_validator(mode="after")
+    def _fits(self) -> Measures:
+        if self.responds and not self.prompts:
+            raise ValueError(f"prompts must be set, JSONL files to respond to, for {', '.join(self.responds)}")
+        if self.against and self.judge is None:
+            raise ValueError("judge must be set for against: module:function, a reward model, or a server's address")
+        if self.best_of and self.asks_server:
+            raise ValueError("judge is a server, which gives no scores; best_of needs a function or a reward model")
+        if not self.asks_server and (self.judge_model, self.judge_key) != (None, None):
+            raise ValueError("judge_model and judge_key are for a server, and judge is none")
+        if self.samples is not None and self.samples < max(self.best_of, default=0):
+            raise ValueError(f"samples is {self.samples}, and best_of goes up to {max(self.best_of)}")
+        if self.frontier and self.temperature == 0:
+            raise ValueError("temperature is 0, and frontier measures the KL between distributions; raise it above 0")
+        return self
+
+    @property
+    def responds(self) -> tuple[str, ...]:
+        """The measures that let models respond to prompts."""
+        return tuple(name for name in ("against", "best_of", "frontier") if getattr(self, name))
+
+    @property
+    def asks_server(self) -> bool:
+        """Whether the judge is reached over HTTP."""
+        return self.judge is not None and self.judge.startswith(("http://", "https://"))
+
+
+FOR = {
+    "prompts": ("against", "best_of", "frontier"),
+    "judge": ("against", "best_of", "frontier"),
+    "proxy": ("best_of", "frontier"),
+    "samples": ("best_of",),
+}
+"""What settings of Measures are for."""
 
 
 class Import(Section):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxgpt.data.chat import Message
 from jaxgpt.data.conversations import messages_under, render_record
 from jaxgpt.data.records import Paths, Record, read_jsonl
 from jaxgpt.data.tokenizer import Tokenizer
@@ -61,7 +62,11 @@ def load_prompts(
     return PromptRows(prompts, records, prompt_length, tokenizer.pad)
 
 
-def _rendered(record: Record, tokenizer: Tokenizer) -> list[int]:
+def prompt_messages(record: Record) -> list[Message]:
+    """The messages of a prompt, {"prompt"} or {"messages"}, up to where the assistant is to speak.
+
+    Raises UserError with file and line where there are none, or the assistant has spoken last.
+    """
     key = "messages" if "messages" in record.value and "prompt" not in record.value else "prompt"
     if key not in record.value:
         record.text("prompt")  # raises, with the keys that are there
@@ -70,4 +75,8 @@ def _rendered(record: Record, tokenizer: Tokenizer) -> list[int]:
         raise UserError(
             f"{record.where}: the prompt ends with an assistant turn, so there is nothing to answer; drop it"
         )
-    return render_record(record, tokenizer, messages, add_generation_prompt=True)[0]
+    return messages
+
+
+def _rendered(record: Record, tokenizer: Tokenizer) -> list[int]:
+    return render_record(record, tokenizer, prompt_messages(record), add_generation_prompt=True)[0]

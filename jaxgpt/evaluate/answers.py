@@ -38,7 +38,7 @@ def answer(
 
 def asked_by_kind(records: Sequence[Record]) -> dict[str, int]:
     """Records with an answer, by kind."""
-    return dict(sorted(Counter(_kind(record) for record in records if record.get("answer") is not None).items()))
+    return dict(sorted(Counter(kind_of(record) for record in records if record.get("answer") is not None).items()))
 
 
 def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation], right: Grader) -> dict[str, float]:
@@ -46,7 +46,7 @@ def exact_by_kind(records: Sequence[Record], responses: Sequence[Generation], ri
     hits: dict[str, list[float]] = defaultdict(list)
     for record, response in zip(records, responses, strict=True):
         if record.get("answer") is not None:
-            hits[_kind(record)].append(right(record, response.text, len(response.tokens)))
+            hits[kind_of(record)].append(right(record, response.text, len(response.tokens)))
     return {kind: float(np.mean(found)) for kind, found in sorted(hits.items())}
 
 
@@ -54,11 +54,12 @@ def mean_by_kind(records: Sequence[Record], values: np.ndarray) -> dict[str, flo
     """Means of one value a record, by kind."""
     groups: dict[str, list[float]] = defaultdict(list)
     for record, value in zip(records, values, strict=True):
-        groups[_kind(record)].append(float(value))
+        groups[kind_of(record)].append(float(value))
     return {kind: float(np.mean(found)) for kind, found in sorted(groups.items())}
 
 
-def _kind(record: Record) -> str:
+def kind_of(record: Record) -> str:
+    """What the record says it is, for figures by kind; "all" where it says nothing."""
     return str(record.get("kind", "all"))
 
 
@@ -73,22 +74,32 @@ def rewards(model: Model, answers: Answers, batch: int) -> np.ndarray:
     return np.concatenate([model.score_tokens(rows[at : at + batch]) for at in range(0, len(rows), batch)])
 
 
-def kl_from(model: Model, answers: Answers, temperature: float, batch: int) -> float:
-    """KL of the responses' model from another, nats: log-ratios summed over a response, mean over responses."""
-    total = []
+def log_ratios(model: Model, answers: Answers, temperature: float, batch: int) -> list[np.ndarray]:
+    """log p of each sampled token under the responses' own model minus that under another, nats, for each response."""
+    found = []
     for at in range(0, len(answers.prompts), batch):
         prompts, responses = answers.prompts[at : at + batch], answers.responses[at : at + batch]
         rows = [prompt + response.tokens for prompt, response in zip(prompts, responses, strict=True)]
         logp = model.logprobs(rows, temperature or 1.0)
         for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
             other = logp[i, len(prompt) : len(prompt) + len(response.tokens)]
-            total.append(float(np.sum(response.logprobs - other)))
-    return float(np.mean(total))
+            found.append(np.asarray(response.logprobs - other, np.float64))
+    return found
+
+
+def kl_from(model: Model, answers: Answers, temperature: float, batch: int) -> float:
+    """KL of the responses' model from another, nats: log-ratios summed over a response, mean over responses."""
+    return float(np.mean([ratios.sum() for ratios in log_ratios(model, answers, temperature, batch)]))
+
+
+def outcomes(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """1 where `ours` scores higher, 0 where it scores lower, 0.5 for a tie, [M]."""
+    return (ours > theirs) + 0.5 * (ours == theirs)
 
 
 def win_rate(ours: np.ndarray, theirs: np.ndarray) -> float:
     """Share of prompts on which `ours` scores higher; ties count half."""
-    return float(np.mean((ours > theirs) + 0.5 * (ours == theirs)))
+    return float(np.mean(outcomes(ours, theirs)))
 
 
 def few_shot_prompt(examples: Sequence[tuple[str, str]], question: str) -> str:

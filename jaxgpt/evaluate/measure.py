@@ -1,4 +1,4 @@
-"""One finished model measured on tasks and texts, a reward model on rankings: the verb `eval` for a run's folder.
+"""One finished model measured on tasks, texts, rankings and against others: the verb `eval` for a run's folder.
 
 Reads the run's folder and the user's files; writes runs/<run>/evaluate/<stage>-<what>.json, and a table to standard
 output. What is imported here comes without jax, so that mistakes are told at once.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import math
 import time
 from collections import Counter
@@ -22,20 +21,23 @@ from rich.table import Table
 from jaxgpt.config.options import Measures
 from jaxgpt.data.records import expand, read_texts
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.evaluate.alignment import Alignment
+from jaxgpt.evaluate.named import Results, write_results
 from jaxgpt.evaluate.ranked import judging, measure_rankings, ranking_rows
 from jaxgpt.runs import find_stage
 
 if TYPE_CHECKING:
     from jaxgpt.api import Model
 
-Results = dict[str, Any]
 TASK_FILES = (".yaml", ".yml")
 
 
-def check(run: Path, wanted: Measures, command: str) -> None:
-    """Looks for everything that is named, without loading anything. Raises UserError for what is not there.
+def check(run: Path, wanted: Measures, command: str, key: str | None) -> Alignment | None:
+    """Looks for everything that is named, without loading anything; gives what compares models, where that is asked
+    for. Raises UserError for what is not there.
 
-    `command` is what the user wrote behind `jaxgpt`, for the answer to a missing lm-eval.
+    `command` is what the user wrote behind `jaxgpt`, for the answer to a missing lm-eval; `key` is the judge's, where
+    that is a server.
     """
     for pattern in (*wanted.text, *wanted.rankings):
         expand(pattern)
@@ -48,10 +50,11 @@ def check(run: Path, wanted: Measures, command: str) -> None:
         raise UserError(f"tasks need lm-eval, which is not installed: uv run --extra eval jaxgpt {command}")
     if wanted.stage is not None:
         find_stage(run, wanted.stage)
+    return Alignment(run, wanted, key) if wanted.responds else None
 
 
-def measure(run: Path, wanted: Measures) -> int:
-    """Measures what is asked for, tables, and a file for each task, text and set of rankings; returns 0.
+def measure(run: Path, wanted: Measures, alignment: Alignment | None) -> int:
+    """Measures what is asked for, tables, and a file for each task, text, set of rankings and comparison; returns 0.
 
     Raises UserError for what `check` could not know: a task that lm-eval does not have, a model that gives text no
     probability, or responses no score.
@@ -66,26 +69,29 @@ def measure(run: Path, wanted: Measures) -> int:
     from jaxgpt.api import keep_compiled, load
 
     keep_compiled()
-    written = []
+    written: list[Path] = []
     if wanted.text or wanted.tasks:
         model = load(run, wanted.stage, wanted.mesh)
-        written += _told(model, itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks)), console)
+        found = itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks))
+        written += _told(model, found, console, wanted.out)
     if wanted.rankings:
         judge = load(run, judging(run, wanted.stage), wanted.mesh)
-        written += _told(judge, measure_rankings(judge, wanted), console)
+        written += _told(judge, measure_rankings(judge, wanted), console, wanted.out)
+    if alignment is not None:
+        written += alignment.write(console)
     for path in written:
         console.print(str(path), style="dim")
     return 0
 
 
-def _told(model: Model, results: Iterable[tuple[str, Results]], console: Console) -> list[Path]:
+def _told(model: Model, results: Iterable[tuple[str, Results]], console: Console, out: str | None) -> list[Path]:
     """Prints a table of one model's results; writes a file for each, and gives their paths."""
     table = Table("", "metric", "value", "±", title=str(model.folder), title_justify="left", box=None)
-    written = []
+    written: list[Path] = []
     for what, found in results:
         for i, (metric, value, error) in enumerate(_rows(found)):
             table.add_row("" if i else what, metric, _number(value), _number(error))
-        written.append(_write(model, what, found))
+        written.append(write_results(model.folder, what, found, out))
     console.print(table)
     return written
 
@@ -156,29 +162,3 @@ def _number(value: float | None) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def _write(model: Model, what: str, found: Results) -> Path:
-    """Writes what was found of one task or text, whole or not at all."""
-    folder, label = model.folder, model.folder.name
-    home = folder.parent if (folder / "params").is_dir() else Path()  # a Hugging Face folder is not ours to write in
-    if folder.parent.name == "checkpoints":
-        home, label = folder.parent.parent.parent, f"{folder.parent.parent.name}-{folder.name}"
-    path = home / "evaluate" / f"{label}-{what.replace('/', '_')}.json"
-    path.parent.mkdir(exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(_plain({"model": str(model.folder), **found}), indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
-    return path
-
-
-def _plain(value: Any) -> Any:
-    """For JSON: numbers of NumPy as Python's, and none that JSON does not know."""
-    if isinstance(value, dict):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
-    value = value.item() if hasattr(value, "item") else value
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if value is None or isinstance(value, str | bool | int | float) else str(value)
