@@ -18,7 +18,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.evaluate.judge_server import JudgeServer, Question, Verdict
 from jaxgpt.evaluate.named import model_folder
 from jaxgpt.evaluate.replies import Asked, Replies
-from jaxgpt.evaluate.scorer import load_scorer
+from jaxgpt.graders import load_scorer
 from jaxgpt.runs import is_foreign
 
 WORTH: dict[Verdict, float] = {"first": 1.0, "second": 0.0, "tie": 0.5, "unreadable": 0.5}

@@ -1,4 +1,4 @@
-"""Which of two models answers better: wins, ties and losses over the same prompts, and what length has to do with it."""
+"""Which of two models answers better: wins, ties and losses over the same prompts, and what length does."""
 
 from __future__ import annotations
 
