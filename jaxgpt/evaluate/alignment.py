@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -137,10 +138,10 @@ class Alignment:
 
         reference = ours.model
         at = Point(reference.folder, str(reference.folder), None)
-        kl = distances(reference, ours, self.sampling)
         run = home_of(reference.folder).parent
         name = label_of(reference.folder, run)
-        first = point_results(at, self.asked, ours, kl, self.proxy, self.judge, None)
+        none = np.zeros(len(self.asked))
+        first = point_results(at, self.asked, ours, {"kl": none, "kl_k3": none}, self.proxy, self.judge, None)
         points = [{"label": name, "reference": True, **first}]
         for stream, point in enumerate(self.points, start=1_000):
             model = load_language(point.folder, self.c.mesh).sharing(reference)

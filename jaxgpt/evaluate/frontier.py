@@ -77,15 +77,15 @@ def point_results(
 def frontier_table(title: str, points: Sequence[Results]) -> Table:
     """A line for each model, the reference first."""
     table = Table(title=title, title_justify="left", box=None)
-    table.add_column("model")
+    table.add_column("model", min_width=6, overflow="fold")
     shown = {key: name for key, name in COLUMNS.items() if any(key in point for point in points)}
     wins = any("win_rate" in point for point in points)
-    for name in (*shown.values(), *(("win rate", "95 %") if wins else ()), "tokens", "ended"):
+    for name in (*shown.values(), *(("win rate",) if wins else ()), "tokens"):
         table.add_column(name, justify="right", no_wrap=True)
     for point in points:
-        cells = [f"{point[key]:.3f} ± {point[f'{key}_error']:.3f}" if key in point else "" for key in shown]
+        cells = [f"{point[key]:.2f} ± {point[f'{key}_error']:.2f}" if key in point else "" for key in shown]
         if wins:
-            won = "win_rate" in point
-            cells += [f"{point['win_rate']:.1%}", "{:.0%} to {:.0%}".format(*point["interval"])] if won else ["", ""]
-        table.add_row(point["label"], *cells, f"{point['tokens']:.1f}", f"{point['ended']:.1%}")
+            won = "{win_rate:.0%}, {interval[0]:.0%} to {interval[1]:.0%}"
+            cells.append(won.format(**point) if "win_rate" in point else "")
+        table.add_row(point["label"], *cells, f"{point['tokens']:.1f}")
     return table

@@ -29,6 +29,8 @@ from jaxgpt.runs import find_stage
 if TYPE_CHECKING:
     from jaxgpt.api import Model
 
+WIDE = 120
+"""Columns of a table that goes to a file."""
 TASK_FILES = (".yaml", ".yml")
 
 
@@ -61,6 +63,8 @@ def measure(run: Path, wanted: Measures, alignment: Alignment | None) -> int:
     """
     tasks = None
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=WIDE)
     if wanted.tasks:
         from jaxgpt.evaluate.harness import Tasks
 
