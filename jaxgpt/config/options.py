@@ -162,7 +162,7 @@ class Measures(Section):
     samples: Count | None = None
     """Responses to each prompt from which best_of is estimated; unset means the largest of its numbers."""
     grade: Literal["exact", "number"] = "exact"
-    """What makes an answer right, for pass@k: the same text, or the same final number, as in the reward of that type."""
+    """pass@k: what makes an answer right, the same text or the same final number, as in the reward of that type."""
     temperature: NonNegative = 1.0
     """Sampling temperature of the responses."""
     max_tokens: Count = 128

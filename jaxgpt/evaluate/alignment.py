@@ -30,6 +30,7 @@ from jaxgpt.evaluate.named import (
     write_results,
 )
 from jaxgpt.evaluate.replies import Asked, Replies, Sampling, load_language, read_prompts, reply
+from jaxgpt.graders import GRADES, check_record
 from jaxgpt.recorded import write_whole
 
 if TYPE_CHECKING:
@@ -60,14 +61,22 @@ class Alignment:
         self.others = [model_folder(word, "against") for word in wanted.against]
         self.points = frontier_points(wanted.frontier)
         self.proxy = None if wanted.proxy is None else scores_by(wanted.proxy, "proxy", wanted)
-        answers = any(record.get("answer") is not None for record in self.asked.records)
-        if wanted.best_of and self.proxy is None and not answers:
-            raise UserError(
-                f'{self.asked.wheres[0]}: no key "answer" here or below, so there is no pass@k; for best-of-n set '
-                "proxy, a reward model to choose by"
-            )
+        if wanted.best_of:
+            self._check_answers()
         self.judge: Scores | InWords | None = find_judge(wanted, key)
         self.sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.batch, wanted.seed)
+
+    def _check_answers(self) -> None:
+        """Raises UserError for an answer that cannot be compared with, and where there is nothing to compare."""
+        pairs = list(zip(self.asked.wheres, self.asked.records, strict=True))
+        answered = [(where, record) for where, record in pairs if record.get("answer") is not None]
+        for where, record in answered:
+            check_record(GRADES[self.c.grade], "grade", where, record)
+        if not answered and self.proxy is None:
+            raise UserError(
+                f'{pairs[0][0]}: no key "answer" here or below, so there is no pass@k; for best-of-n set proxy, a '
+                "reward model to choose by"
+            )
 
     def write(self, console: Console) -> list[Path]:
         """Measures everything; prints a table and writes a file for each, and gives their paths."""
