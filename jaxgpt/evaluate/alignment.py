@@ -135,7 +135,8 @@ class Alignment:
             if a == 0:
                 found = win_rate_results(self.asked, replies[a], replies[b], judged)
                 title = f"{replies[a].model.folder} against {replies[b].model.folder}, judged by {self.judge.name}"
-                results = {"measure": "win_rate", "against": str(replies[b].model.folder), **self._settings(), **found}
+                other = {"against": str(replies[b].model.folder), "against_label": names[b]}
+                results = {"measure": "win_rate", **other, **self._settings(), **found}
                 lines = list(pairs(self.asked, replies[a], replies[b], judged))
                 yield Found(f"against-{names[b]}", results, win_rate_table(title, found), lines)
         if len(replies) > 2:
@@ -158,6 +159,7 @@ class Alignment:
             replies = self._reply(model, self.asked, stream, console)
             kl = distances(reference, replies, self.sampling)
             found = point_results(point, self.asked, replies, kl, self.proxy, self.judge, ours)
+            found["group"] = label_of(Path(point.group), run)
             points.append({"label": label_of(point.folder, run), "reference": False, **found})
         results = {"measure": "frontier", **self._settings(), "points": points}
         return Found("frontier", results, frontier_table(f"KL from {reference.folder}, and what it bought", points))
