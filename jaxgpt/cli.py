@@ -301,8 +301,8 @@ VERBS = {
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
     "eval": Verb(
-        f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN best_of=N,... frontier=STAGE | "
-        f"{CONFIG_USAGE}",
+        f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN,... best_of=N,... frontier=STAGE,... "
+        f"| {CONFIG_USAGE}",
         "Measure a model on tasks, texts, rankings and against others, or the run as its file says.",
         _eval,
         (*STAGE, "evaluate"),

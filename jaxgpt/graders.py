@@ -37,6 +37,8 @@ Scorer = Callable[[Record, str], float]
 
 MARK = "####"
 """What stands before the answer in GSM8K."""
+GRADES = {"exact": ExactReward(), "number": NumberReward()}
+"""What the settings `grade` name."""
 _AMOUNT = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+"
 _NUMBER = re.compile(
     r"(?P<minus>(?<![\w)\]%])[-\u2212\u2013])?"  # after an operand it is a subtraction, or a range

@@ -139,7 +139,7 @@ class Measures(Section):
     field: str = "text"
     """text: key of the text in JSONL records."""
     limit: Count | None = None
-    """Examples of each task, documents of each text file, rankings of each file and prompts, at most."""
+    """Examples of each task, documents of each text file, rankings of each file, and prompts, at most."""
     few_shot: Whole | None = None
     """tasks: solved examples before each question; unset means the task's own number."""
     chat: bool = False
@@ -161,9 +161,8 @@ class Measures(Section):
     """Reward model, or module:function, that best_of chooses by and that frontier shows beside judge."""
     samples: Count | None = None
     """Responses to each prompt from which best_of is estimated; unset means the largest of its numbers."""
-    answers: Literal["exact", "number"] = "exact"
-    """How a response is held against its record's answer, for pass@k: equal but for surrounding spaces, or by the
-    number that it ends with, as in GSM8K."""
+    grade: Literal["exact", "number"] = "exact"
+    """pass@k: what makes an answer right, the same text or the same final number, as in the reward of that type."""
     temperature: NonNegative = 1.0
     """Sampling temperature of the responses."""
     max_tokens: Count = 128
@@ -183,7 +182,7 @@ class Measures(Section):
     def _something(self) -> Measures:
         if not (self.tasks or self.text or self.rankings or self.responds):
             raise ValueError(
-                "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt; for a reward model "
+                "nothing to measure: set tasks=arc_easy, tasks=my_task.yaml or text=file.txt, or for a reward model "
                 "rankings=file.jsonl; or with prompts=file.jsonl against=OTHER_RUN, best_of=1,2,4,8 or frontier=STAGE"
             )
         if not self.tasks and (self.chat or self.few_shot is not None):

@@ -91,7 +91,7 @@ def load_demonstrations(
     """
     kept, long = [], 0
     for record in read_jsonl(paths):
-        messages = _conversation(record, prompt_field, completion_field)
+        messages = messages_of(record, prompt_field, completion_field)
         ends = [at for at, message in enumerate(messages, start=1) if message["role"] == "assistant"]
         if ends:
             ids, _ = render_record(record, tokenizer, messages[: ends[-1]])

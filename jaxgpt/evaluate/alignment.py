@@ -27,8 +27,10 @@ from jaxgpt.evaluate.named import (
     home_of,
     label_of,
     model_folder,
+    write_results,
 )
 from jaxgpt.evaluate.replies import Asked, Replies, Sampling, load_language, read_prompts, reply
+from jaxgpt.graders import GRADES, check_record
 from jaxgpt.recorded import write_whole
 
 if TYPE_CHECKING:
@@ -53,23 +55,42 @@ class Alignment:
     def __init__(self, run: Path, wanted: Measures, key: str | None):
         """Reads the prompts. Raises UserError for everything that is named and is not there."""
         self.c = wanted
-        folder = model_folder(str(run), "eval", stage=wanted.stage)
-        check_home(home_of(folder, wanted.out))
+        self.folder = model_folder(str(run), "eval", stage=wanted.stage)
+        check_home(home_of(self.folder, wanted.out))
         self.asked = read_prompts(wanted.prompts, wanted.limit)
         self.others = [model_folder(word, "against") for word in wanted.against]
         self.points = frontier_points(wanted.frontier)
         self.proxy = None if wanted.proxy is None else scores_by(wanted.proxy, "proxy", wanted)
-        answers = any(record.get("answer") is not None for record in self.asked.records)
-        if wanted.best_of and self.proxy is None and not answers:
-            raise UserError(
-                f'{self.asked.wheres[0]}: no key "answer" here or below, so there is no pass@k; for best-of-n set '
-                "proxy, a reward model to choose by"
-            )
+        if wanted.best_of:
+            self._check_answers()
         self.judge: Scores | InWords | None = find_judge(wanted, key)
         self.sampling = Sampling(wanted.max_tokens, wanted.temperature, wanted.batch, wanted.seed)
 
-    def measured(self, model: Model, console: Console) -> Iterator[Found]:
-        """Everything that is asked for of a model, one after the other."""
+    def _check_answers(self) -> None:
+        """Raises UserError for an answer that cannot be compared with, and where there is nothing to compare."""
+        pairs = list(zip(self.asked.wheres, self.asked.records, strict=True))
+        answered = [(where, record) for where, record in pairs if record.get("answer") is not None]
+        for where, record in answered:
+            check_record(GRADES[self.c.grade], "grade", where, record)
+        if not answered and self.proxy is None:
+            raise UserError(
+                f'{pairs[0][0]}: no key "answer" here or below, so there is no pass@k; for best-of-n set proxy, a '
+                "reward model to choose by"
+            )
+
+    def write(self, console: Console) -> list[Path]:
+        """Measures everything; prints a table and writes a file for each, and gives their paths."""
+        model, written = load_language(self.folder, self.c.mesh), []
+        for found in self._measured(model, console):
+            console.print(found.table)
+            written.append(write_results(model.folder, found.what, found.results, self.c.out))
+            if found.lines is not None:
+                written.append(written[-1].with_suffix(".jsonl"))
+                text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in found.lines)
+                write_whole(written[-1], text)
+        return written
+
+    def _measured(self, model: Model, console: Console) -> Iterator[Found]:
         if self.c.against or self.c.frontier:
             ours = self._reply(model, self.asked, 0, console)
             if self.c.against:
@@ -114,7 +135,8 @@ class Alignment:
             if a == 0:
                 found = win_rate_results(self.asked, replies[a], replies[b], judged)
                 title = f"{replies[a].model.folder} against {replies[b].model.folder}, judged by {self.judge.name}"
-                results = {"measure": "win_rate", "against": str(replies[b].model.folder), **self._settings(), **found}
+                other = {"against": str(replies[b].model.folder), "against_label": names[b]}
+                results = {"measure": "win_rate", **other, **self._settings(), **found}
                 lines = list(pairs(self.asked, replies[a], replies[b], judged))
                 yield Found(f"against-{names[b]}", results, win_rate_table(title, found), lines)
         if len(replies) > 2:
@@ -137,6 +159,7 @@ class Alignment:
             replies = self._reply(model, self.asked, stream, console)
             kl = distances(reference, replies, self.sampling)
             found = point_results(point, self.asked, replies, kl, self.proxy, self.judge, ours)
+            found["group"] = label_of(Path(point.group), run)
             points.append({"label": label_of(point.folder, run), "reference": False, **found})
         results = {"measure": "frontier", **self._settings(), "points": points}
         return Found("frontier", results, frontier_table(f"KL from {reference.folder}, and what it bought", points))
@@ -150,16 +173,9 @@ class Alignment:
         shape = (len(self.asked), samples)
         proxy = None if self.proxy is None else self.proxy.score(asked, replies).reshape(shape)
         gold = self.judge.score(asked, replies).reshape(shape) if isinstance(self.judge, Scores) else None
-        right = right_answers(asked, replies, self.c.answers).reshape(shape)
+        right = right_answers(asked, replies, self.c.grade).reshape(shape)
         curve = best_of_results(self.c.best_of, proxy, gold, right)
         passes = pass_results(self.c.best_of, self.asked, right)
         results = {"measure": "best_of", **self._settings(), "samples": samples, "curve": curve, "pass_at_k": passes}
         title = f"{model.folder}: the best of n responses" + (f" by {self.proxy.name}" if self.proxy else "")
         return Found("best-of", results, best_of_table(title, curve, passes))
-
-
-def write_lines(path: Path, lines: list[dict]) -> Path:
-    """Writes what a result is about beside it, a JSON object a line."""
-    file = path.with_suffix(".jsonl")
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    return file

@@ -9,19 +9,16 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from jaxgpt.config.schema import ExactReward, NumberReward
 from jaxgpt.evaluate.answers import kind_of
 from jaxgpt.evaluate.formulas import best_of_n, bon_kl, mean_and_error, pass_at_k
 from jaxgpt.evaluate.named import Results
 from jaxgpt.evaluate.replies import Asked, Replies
-from jaxgpt.graders import grader
-
-GRADED = {"exact": ExactReward, "number": NumberReward}
+from jaxgpt.graders import GRADES, grader
 
 
 def right_answers(asked: Asked, replies: Replies, how: str) -> np.ndarray:
     """1 where a response is its record's answer, 0 where not, nan where the record has none, [M]."""
-    grade = grader(GRADED[how](), "answers")
+    grade = grader(GRADES[how], "grade")
     found = np.full(len(asked), np.nan)
     for i, (record, text) in enumerate(zip(asked.records, replies.texts, strict=True)):
         if record.get("answer") is not None:

@@ -1,4 +1,4 @@
-"""One finished model measured on tasks, texts and against others, a reward model on rankings: `eval` for a folder.
+"""One finished model measured on tasks, texts, rankings and against others: the verb `eval` for a run's folder.
 
 Reads the run's folder and the user's files; writes runs/<run>/evaluate/<stage>-<what>.json, and a table to standard
 output. What is imported here comes without jax, so that mistakes are told at once.
@@ -21,7 +21,7 @@ from rich.table import Table
 from jaxgpt.config.options import Measures
 from jaxgpt.data.records import expand, read_texts
 from jaxgpt.errors import UserError, nearest
-from jaxgpt.evaluate.alignment import Alignment, write_lines
+from jaxgpt.evaluate.alignment import Alignment
 from jaxgpt.evaluate.named import Results, write_results
 from jaxgpt.evaluate.ranked import judging, measure_rankings, ranking_rows
 from jaxgpt.runs import find_stage
@@ -56,7 +56,7 @@ def check(run: Path, wanted: Measures, command: str, key: str | None) -> Alignme
 
 
 def measure(run: Path, wanted: Measures, alignment: Alignment | None) -> int:
-    """Measures what is asked for: tables, and a file for each task, text, set of rankings and comparison; returns 0.
+    """Measures what is asked for, tables, and a file for each task, text, set of rankings and comparison; returns 0.
 
     Raises UserError for what `check` could not know: a task that lm-eval does not have, a model that gives text no
     probability, or responses no score.
@@ -74,33 +74,29 @@ def measure(run: Path, wanted: Measures, alignment: Alignment | None) -> int:
 
     keep_compiled()
     written: list[Path] = []
-    if wanted.text or wanted.tasks or alignment is not None:
+    if wanted.text or wanted.tasks:
         model = load(run, wanted.stage, wanted.mesh)
         found = itertools.chain(_texts(model, wanted), _tasks(model, wanted, tasks))
-        written += _told(model, found, wanted.out, console)
-        for one in alignment.measured(model, console) if alignment is not None else ():
-            written.append(write_results(model.folder, one.what, one.results, wanted.out))
-            if one.lines is not None:
-                written.append(write_lines(written[-1], one.lines))
-            console.print(one.table)
+        written += _told(model, found, console, wanted.out)
     if wanted.rankings:
         judge = load(run, judging(run, wanted.stage), wanted.mesh)
-        written += _told(judge, measure_rankings(judge, wanted), wanted.out, console)
+        written += _told(judge, measure_rankings(judge, wanted), console, wanted.out)
+    if alignment is not None:
+        written += alignment.write(console)
     for path in written:
         console.print(str(path), style="dim")
     return 0
 
 
-def _told(model: Model, results: Iterable[tuple[str, Results]], out: str | None, console: Console) -> list[Path]:
+def _told(model: Model, results: Iterable[tuple[str, Results]], console: Console, out: str | None) -> list[Path]:
     """Prints a table of one model's results; writes a file for each, and gives their paths."""
     table = Table("", "metric", "value", "±", title=str(model.folder), title_justify="left", box=None)
-    written = []
+    written: list[Path] = []
     for what, found in results:
         for i, (metric, value, error) in enumerate(_rows(found)):
             table.add_row("" if i else what, metric, _number(value), _number(error))
         written.append(write_results(model.folder, what, found, out))
-    if table.row_count:
-        console.print(table)
+    console.print(table)
     return written
 
 

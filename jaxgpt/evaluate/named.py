@@ -144,7 +144,7 @@ def write_results(folder: Path, what: str, found: Results, out: str | None = Non
     home = home_of(folder, out)
     path = home / f"{label_of(folder)}-{what.replace('/', '_')}.json"
     home.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_plain({"model": str(folder), **found}), indent=1) + "\n")
+    write_whole(path, json.dumps(_plain({"model": str(folder), "label": label_of(folder), **found}), indent=1) + "\n")
     return path
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from jaxgpt.api import Model, load
-from jaxgpt.config.schema import Config, EvaluateConfig, ExactReward, MeshConfig, NumberReward
+from jaxgpt.config.schema import Config, EvaluateConfig, MeshConfig
 from jaxgpt.data.chat import render
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.data.rankings import load_split
@@ -33,11 +33,8 @@ from jaxgpt.evaluate.answers import (
     win_rate,
 )
 from jaxgpt.evaluate.rewards import reward_report, score_pairs
-from jaxgpt.graders import check_record, grader, load_scorer
+from jaxgpt.graders import GRADES, check_record, grader, load_scorer
 from jaxgpt.runs import ALIGNED, STAGES, is_finished, resolved
-
-GRADES = {"exact": ExactReward(), "number": NumberReward()}
-"""What `evaluate.grade` names."""
 
 
 class Asked(NamedTuple):

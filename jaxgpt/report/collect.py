@@ -91,6 +91,8 @@ class Run:
     """What the evaluation wrote; empty before it ran."""
     parts: Mapping[str, float]
     """Seconds of what is no stage: data, tokenizer, token shards, evaluation."""
+    alignment: tuple[Mapping[str, Any], ...] = ()
+    """What comparisons of models by their responses wrote into evaluate/, by file name."""
 
     @property
     def name(self) -> str:
@@ -137,7 +139,13 @@ def read_run(folder: Path) -> Run:
         stages=stages,
         results=_read_object(folder / "evaluate" / "results.json") or {},
         parts=_read_object(folder / "parts.json") or {},
+        alignment=_read_alignment(folder / "evaluate"),
     )
+
+
+def _read_alignment(folder: Path) -> tuple[Mapping[str, Any], ...]:
+    found = (_read_object(path) or {} for path in sorted(folder.glob("*.json")))
+    return tuple(one for one in found if "measure" in one)
 
 
 def _read_stage(folder: Path) -> Stage | None:

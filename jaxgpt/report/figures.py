@@ -40,6 +40,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         **{name: _aligned(stages[name], run.results) for name in ALIGNED if name in stages},
         "warnings": {name: [dict(told) for told in stage.warnings] for name, stage in stages.items() if stage.warnings},
         "base": _base(run.results),
+        "alignment": list(run.alignment) or None,
         "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
         "seconds_by_stage": seconds,

@@ -14,6 +14,7 @@ import jinja2
 import yaml
 
 from jaxgpt.report import numbers
+from jaxgpt.report.alignment import alignment_view
 from jaxgpt.report.collect import Run, read_run
 from jaxgpt.report.figures import TITLES, report_figures
 from jaxgpt.report.judged import margins
@@ -69,6 +70,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         margins=margins(figures.get("reward", {}).get("by_margin") or []),
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
         reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
+        alignment=alignment_view(figures.get("alignment", ())),
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
