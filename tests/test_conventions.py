@@ -228,14 +228,25 @@ DETAILS = (
     Detail(
         28,
         "An epoch visits each comparison once.",
-        ("data/test_mixture.py::test_every_row_comes_once_per_epoch_in_another_order",),
+        (
+            "data/test_mixture.py::test_every_row_comes_once_per_epoch_in_another_order",
+            f"{REWARD}::test_each_ranking_is_visited_once_an_epoch_and_the_rate_falls_over_just_that",
+        ),
     ),
     Detail(
         29,
         "Gain and bias bring the scores to mean 0 and deviation 1 and keep their order.",
-        (f"{REWARD}::test_scores_end_up_with_mean_0_and_deviation_1_in_the_same_order",),
+        (
+            f"{REWARD}::test_training_responses_score_mean_0_and_deviation_1",
+            f"{REWARD}::test_samples_of_the_policy_score_mean_0_and_deviation_1",
+            f"{REWARD}::test_a_reloaded_model_keeps_gain_and_offset",
+        ),
     ),
-    Detail(30, "A bias brings the demonstrations' scores to mean 0.", ()),
+    Detail(
+        30,
+        "A bias brings the demonstrations' scores to mean 0.",
+        (f"{REWARD}::test_demonstrations_score_mean_0_and_the_scale_stays",),
+    ),
     Detail(
         31,
         "The model never sees which response was preferred: swapped labels give one minus the accuracy.",
@@ -252,7 +263,10 @@ DETAILS = (
     Detail(
         33,
         "Accuracy and margin are over all pairs; predicted and observed shares agree where the data are Bradley-Terry.",
-        (f"{PAIRS}::test_accuracy_and_margin_are_means_over_all_pairs_of_different_rank",),
+        (
+            f"{PAIRS}::test_accuracy_and_margin_are_means_over_all_pairs_of_different_rank",
+            "evaluate/test_calibration.py::test_true_probabilities_are_calibrated",
+        ),
     ),
     # --- rollout to rewards -----------------------------------------------------------------------------------------
     Detail(
@@ -421,7 +435,11 @@ DETAILS = (
     Detail(
         55,
         "Adam's epsilon stands where the setting says: the first steps of the two forms differ 3.8 times.",
-        (f"{OPTIM}::test_epsilon_stands_outside_the_corrected_root",),
+        (
+            f"{OPTIM}::test_epsilon_stands_outside_the_corrected_root",
+            f"{OPTIM}::test_adams_eps_stands_where_its_form_says",
+            f"{OPTIM}::test_the_first_step_of_tensorflows_form_is_3_8_times_smaller_at_small_gradients",
+        ),
     ),
     Detail(
         56,
@@ -444,8 +462,9 @@ DETAILS = (
         "A run cut anywhere goes on bit for bit.",
         (
             f"{PPO}::test_a_run_cut_inside_a_rollout_goes_on_bit_for_bit",
+            f"{FORKS}::test_all_that_ppo_remembers_comes_back_after_a_cut",
             "train/test_loop.py::test_a_run_cut_at_any_step_goes_on_bit_for_bit",
-            "test_resume.py::test_three_kills_leave_no_trace",
+            "test_resume.py::test_four_kills_leave_no_trace",
         ),
     ),
     # --- without a number -------------------------------------------------------------------------------------------
