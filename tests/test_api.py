@@ -191,6 +191,16 @@ def test_sizes_near_each_other_share_their_programs(run):
     assert model._start._cache_size() == model._advance._cache_size() == 1
 
 
+def test_models_that_differ_in_their_parameters_alone_may_share_their_programs(run, sft, reward):
+    other = jaxgpt.load(run / "pretrain")
+    shared = other.sharing(sft)
+    assert shared.folder == run / "pretrain" and shared._logits is sft._logits
+    rows = [sft.encode("a cat"), sft.encode("the dog met a cat")]
+    np.testing.assert_array_equal(shared.logits(rows), other.logits(rows))
+    assert np.abs(shared.logits(rows) - sft.logits(rows)).max() > 0.1
+    assert reward.sharing(sft) is reward
+
+
 def test_chat_renders_the_template_and_answers_one_or_several(sft):
     ids = sft.chat_tokens(TALK)
     assert sft.tokenizer.decode_visible(ids) == "<s><|user|>What is the cat?<|assistant|>"

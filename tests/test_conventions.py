@@ -27,7 +27,7 @@ class Detail(NamedTuple):
 CHAT, TALKS, RANKINGS = "data/test_chat.py", "data/test_conversations.py", "data/test_rankings.py"
 MODEL, SAMPLING, OPTIM = "models/test_transformer.py", "test_sampling.py", "test_optim.py"
 REWARD, ROLLOUTS, PPO = "stages/test_reward.py", "stages/test_rollouts.py", "stages/test_ppo.py"
-FORKS, GROUPS = "stages/test_ppo_forks.py", "stages/test_groups.py"
+FORKS, GROUPS, RATINGS = "stages/test_ppo_forks.py", "stages/test_groups.py", "evaluate/test_ratings.py"
 POLICY, PAIRS, DPO = (f"losses/test_losses_{name}.py" for name in ("policy", "rankings", "preference"))
 KL, SHAPING, GAE = (f"advantages/test_advantages_{name}.py" for name in ("kl", "rewards", "estimates"))
 
@@ -492,9 +492,27 @@ DETAILS = (
             f"{GROUPS}::test_rloo_takes_the_kl_into_the_reward_and_the_others_as_baseline",
         ),
     ),
-    Detail("bradley-terry", "Ratings of the published example of the Bradley-Terry model are its own.", ()),
-    Detail("best-of-n", "Best of n is log n - (n - 1)/n nats from the policy.", ()),
-    Detail("pass@k", "pass@k is the unbiased estimate of its paper.", ()),
+    Detail(
+        "bradley-terry",
+        "Ratings of the published example of the Bradley-Terry model are its own.",
+        (
+            f"{RATINGS}::test_bradley_terry_of_the_published_example",
+            f"{RATINGS}::test_at_the_ratings_every_model_wins_as_often_as_it_should",
+        ),
+    ),
+    Detail(
+        "best-of-n",
+        "Best of n is log n - (n - 1)/n nats from the policy.",
+        ("evaluate/test_formulas.py::test_the_distance_of_best_of_n",),
+    ),
+    Detail(
+        "pass@k",
+        "pass@k is the unbiased estimate of its paper.",
+        (
+            f"{RATINGS}::test_pass_at_k_of_small_counts",
+            f"{RATINGS}::test_pass_at_k_is_the_share_of_subsets_with_a_right_one",
+        ),
+    ),
 )
 
 PENDING = {
@@ -504,9 +522,6 @@ PENDING = {
     33: "calibration: ECE below 0.02 and slope 1 on Bradley-Terry data",
     55: "the first step of TensorFlow's form",
     58: "a run with pretraining rows, an averaged policy and an adaptive coefficient, cut and gone on with",
-    "bradley-terry": "the arena's ratings: 0.640, 1.043, 0.660, 2.270",
-    "best-of-n": "1.835 nats for n = 16, in the evaluation",
-    "pass@k": "a table of small counts, in the evaluation",
 }
 """Details of which something is still to be built, and what."""
 

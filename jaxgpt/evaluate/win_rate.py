@@ -92,7 +92,7 @@ def notes(found: Results) -> list[str]:
         line = f"asked in both orders: {twice['flipped']} of {twice['compared']} verdicts flipped and count as ties"
         if twice["first_share"] is not None:
             line += f"; {twice['first_share']:.0%} of the verdicts are for the one shown first"
-        said.append(line + (f"; {twice['unreadable']} replies had no verdict" if twice["unreadable"] else ""))
+        said.append(line + (f"; {twice['unreadable']} of the replies had none" if twice["unreadable"] else ""))
     return said
 
 
