@@ -21,10 +21,11 @@ from jaxgpt.interop.weights import write_weights
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.lora import merged, split
 
-TINY = {"vocab": 40, "width": 24, "layers": 2, "context": 32, "attention": {"heads": 4, "head_dim": 5}}
+TINY = {"vocab": 40, "width": 24, "layers": 2, "context": 32, "attention": {"heads": 4, "head_dim": 6}}
 BIASED = {"type": "layernorm", "bias": True, "eps": 1e-5}
+ALL = ("q", "k", "v", "o", "up", "gate", "down")
 MODELS: dict[str, dict[str, Any]] = {
-    "LlamaForCausalLM": {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 5}, "tied": False},
+    "LlamaForCausalLM": {"attention": {"heads": 4, "kv_heads": 2, "head_dim": 6}, "tied": False},
     "CohereForCausalLM": {
         "attention": {"heads": 4, "kv_heads": 1},
         "norm": {"type": "layernorm"},
@@ -72,10 +73,9 @@ def adapted(weights: dict[str, np.ndarray], folder: Path) -> dict[str, np.ndarra
     return result
 
 
-@pytest.mark.parametrize("targets", [("q", "v"), ("q", "k", "v", "o", "up", "gate", "down")], ids=["two", "all"])
-@pytest.mark.parametrize("name", MODELS)
-def test_base_and_adapters_are_the_merged_model(name, targets, tmp_path):
-    model = ModelConfig(**TINY | {"vocab": 40} | MODELS[name])
+def exported(name: str, targets: tuple[str, ...], home: Path) -> None:
+    """base/, merged/ and adapters/ of a random model of a class."""
+    model = ModelConfig(**TINY | MODELS[name])
     lora = LoraConfig(rank=3, alpha=5.0, targets=tuple(t for t in targets if t != "gate" or model.gated))
     family = choose_family(model, "language")
     assert family.causal == name
@@ -83,15 +83,38 @@ def test_base_and_adapters_are_the_merged_model(name, targets, tmp_path):
         params = random_params(language_model(model, 40, lora=lora), seed=0)
         adapters, base = split(params)
         for part, tree in (("base", base), ("merged", jax.jit(merged, static_argnums=1)(params, lora))):
-            (tmp_path / part).mkdir()
-            write_weights(tmp_path / part, family, model, tree, "F32", 10**9)
-        write_adapters(tmp_path / "adapters", model, lora, adapters, "F32", None)
+            (home / part).mkdir()
+            write_weights(home / part, family, model, tree, "F32", 10**9)
+            settings = {"architectures": [name], "model_type": family.type, **family.write(model)}
+            (home / part / "config.json").write_text(json.dumps(settings))
+        write_adapters(home / "adapters", model, lora, adapters, "F32", None)
+
+
+@pytest.mark.parametrize("targets", [("q", "v"), ALL], ids=["two", "all"])
+@pytest.mark.parametrize("name", MODELS)
+def test_base_and_adapters_are_the_merged_model(name, targets, tmp_path):
+    exported(name, targets, tmp_path)
     base, whole = (load_file(tmp_path / part / "model.safetensors") for part in ("base", "merged"))
     found = adapted(base, tmp_path / "adapters")
     changed = {tensor for tensor in whole if not np.array_equal(whole[tensor], base[tensor])}
     assert len(changed) == sum("lora_A" in t for t in load_file(tmp_path / "adapters" / "adapter_model.safetensors"))
     for tensor, value in whole.items():
         np.testing.assert_allclose(found[tensor], value, rtol=0, atol=1e-6, err_msg=tensor)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_computes_what_the_merged_model_does(name, tmp_path):
+    peft = pytest.importorskip("peft", reason="pip install peft: this test compares with it")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    exported(name, ALL, tmp_path)
+
+    def load(part: str):
+        return transformers.AutoModelForCausalLM.from_pretrained(tmp_path / part, dtype=torch.float32)
+
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        found = peft.PeftModel.from_pretrained(load("base"), tmp_path / "adapters")(tokens).logits
+        np.testing.assert_allclose(found, load("merged")(tokens).logits, rtol=0, atol=1e-5)
 
 
 def test_a_stage_that_was_trained_whole_has_none(tmp_path_factory, tmp_path, capsys):
