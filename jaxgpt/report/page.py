@@ -61,7 +61,7 @@ CHARTS: Mapping[str, Sequence[Chart]] = {
     "sft": LANGUAGE,
     "reward": (
         Chart("Accuracy", "share of pairs", "accuracy", ceiling=1.0, span=2, eval_key="accuracy"),
-        Chart("Loss", "nats per pair", "loss", eval_key="loss"),
+        Chart("Loss", "nats per ranking", "loss", eval_key="loss"),
         Chart("Margin", "score of better minus worse", "margin"),
         LEARNING_RATE,
         GRADIENT,
