@@ -205,6 +205,7 @@ DETAILS = (
         (
             f"{RANKINGS}::test_a_row_holds_each_response_as_a_conversation",
             f"{RANKINGS}::test_a_prompt_on_both_sides_of_the_split_is_refused",
+            f"{RANKINGS}::test_all_rankings_of_a_prompt_are_held_out_or_none",
             f"{REWARD}::test_prompts_on_both_sides_are_refused",
         ),
     ),
@@ -227,15 +228,15 @@ DETAILS = (
     ),
     Detail(
         28,
-        "An epoch visits each comparison once.",
+        "An epoch, the default, visits each comparison once, and the rate falls over just that.",
         (
-            "data/test_mixture.py::test_every_row_comes_once_per_epoch_in_another_order",
             f"{REWARD}::test_each_ranking_is_visited_once_an_epoch_and_the_rate_falls_over_just_that",
+            "data/test_mixture.py::test_a_number_of_epochs_has_each_row_once_in_each",
         ),
     ),
     Detail(
         29,
-        "Gain and bias bring the scores to mean 0 and deviation 1 and keep their order.",
+        "Gain and bias bring the scores to mean 0 and deviation 1, keep their order and are kept with the model.",
         (
             f"{REWARD}::test_training_responses_score_mean_0_and_deviation_1",
             f"{REWARD}::test_samples_of_the_policy_score_mean_0_and_deviation_1",
@@ -251,21 +252,22 @@ DETAILS = (
         31,
         "The model never sees which response was preferred: swapped labels give one minus the accuracy.",
         (
+            f"{REWARD}::test_swapping_chosen_and_rejected_flips_the_accuracy",
             f"{PAIRS}::test_ranking_of_two_is_pairwise_and_swapped_columns_flip_the_accuracy",
-            f"{REWARD}::test_the_order_of_responses_does_not_matter",
+            "evaluate/test_calibration.py::test_which_response_is_named_first_does_not_count",
         ),
     ),
     Detail(
         32,
         "The new head is a function of the seed.",
-        (f"{REWARD}::test_the_backbone_is_the_parents_and_the_head_is_new",),
+        (f"{REWARD}::test_two_runs_of_a_seed_are_equal_and_of_two_seeds_are_not",),
     ),
     Detail(
         33,
         "Accuracy and margin are over all pairs; predicted and observed shares agree where the data are Bradley-Terry.",
         (
-            f"{PAIRS}::test_accuracy_and_margin_are_means_over_all_pairs_of_different_rank",
             "evaluate/test_calibration.py::test_true_probabilities_are_calibrated",
+            f"{PAIRS}::test_accuracy_and_margin_are_means_over_all_pairs_of_different_rank",
         ),
     ),
     # --- rollout to rewards -----------------------------------------------------------------------------------------

@@ -7,9 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from jaxgpt.data.rankings import Ranking, RankingRows, load_rankings
-from jaxgpt.data.records import Paths
-from jaxgpt.data.tokenizer import Tokenizer
+from jaxgpt.data.rankings import Ranking, RankingRows
 from jaxgpt.errors import UserError
 
 Pairs = Literal["all", "extremes"]
@@ -54,13 +52,6 @@ class PreferenceRows:
         """Pairs of different rank."""
         kept = [[r.ranks[number] for number in kept] for r, kept in zip(self.rankings, self._kept, strict=True)]
         return sum(better < worse for ranks in kept for better in ranks for worse in ranks)
-
-
-def load_preferences(
-    paths: Paths, tokenizer: Tokenizer, context: int, responses: int, pairs: Pairs = "all", section: str = "dpo"
-) -> PreferenceRows:
-    """Reads rankings and pairs as `load_rankings` does, and raises what it and `preferences` raise."""
-    return preferences(load_rankings(paths, tokenizer, context, responses, section), pairs)
 
 
 def preferences(rows: RankingRows, pairs: Pairs = "all") -> PreferenceRows:

@@ -12,7 +12,8 @@ import pytest
 from jaxgpt.config.schema import TokenizerConfig
 from jaxgpt.data.chat import render
 from jaxgpt.data.meadow.sources import documents
-from jaxgpt.data.preferences import load_preferences
+from jaxgpt.data.preferences import Pairs, PreferenceRows, preferences
+from jaxgpt.data.rankings import load_rankings
 from jaxgpt.data.tokenizer import Tokenizer, train_tokenizer
 from jaxgpt.errors import UserError
 
@@ -32,8 +33,12 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
+def load(path: Path, tokenizer: Tokenizer, context: int, responses: int, pairs: Pairs = "all") -> PreferenceRows:
+    return preferences(load_rankings(path, tokenizer, context, responses, "dpo"), pairs)
+
+
 def test_the_targets_are_the_response_and_its_end_token_alone(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    row = load_preferences(write(tmp_path / "a.jsonl", GOOD), tokenizer, 64, 9)[0]
+    row = load(write(tmp_path / "a.jsonl", GOOD), tokenizer, 64, 9)[0]
     assert {name: (x.shape, x.dtype.name) for name, x in row.items()} == {
         **dict.fromkeys(("tokens", "targets", "segments"), ((3, 64), "int32")),
         "mask": ((3, 64), "float32"),
@@ -50,20 +55,20 @@ def test_the_targets_are_the_response_and_its_end_token_alone(tokenizer: Tokeniz
 
 
 def test_a_row_is_as_wide_as_the_longest_ranking(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = load_preferences(write(tmp_path / "a.jsonl", PAIR, GOOD), tokenizer, 64, 9)
+    rows = load(write(tmp_path / "a.jsonl", PAIR, GOOD), tokenizer, 64, 9)
     assert rows.responses == 3 and rows[0]["ranks"].tolist() == [1, 2, 0]
     assert not rows[0]["segments"][2].any() and not rows[0]["mask"][2].any()
-    assert load_preferences(write(tmp_path / "b.jsonl", PAIR), tokenizer, 64, 9).responses == 2
+    assert load(write(tmp_path / "b.jsonl", PAIR), tokenizer, 64, 9).responses == 2
 
 
 def test_pairs_are_those_of_different_rank(tokenizer: Tokenizer, tmp_path: Path) -> None:
     tied = {**GOOD, "ranks": [2, 1, 2]}
-    assert load_preferences(write(tmp_path / "a.jsonl", GOOD, tied, PAIR), tokenizer, 64, 9).pairs == 3 + 2 + 1
+    assert load(write(tmp_path / "a.jsonl", GOOD, tied, PAIR), tokenizer, 64, 9).pairs == 3 + 2 + 1
 
 
 def test_extremes_are_the_best_with_the_worst(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", GOOD, {**GOOD, "ranks": [2, 1, 2]})
-    whole, rows = (load_preferences(path, tokenizer, 64, 9, pairs) for pairs in ("all", "extremes"))
+    whole, rows = (load(path, tokenizer, 64, 9, pairs) for pairs in ("all", "extremes"))
     assert rows.responses == 2 and rows.pairs == 2
     assert (rows[0]["ranks"].tolist(), rows[1]["ranks"].tolist()) == ([1, 3], [1, 2])
     np.testing.assert_array_equal(rows[0]["targets"], whole[0]["targets"][[0, 1]])
@@ -73,8 +78,8 @@ def test_extremes_are_the_best_with_the_worst(tokenizer: Tokenizer, tmp_path: Pa
 def test_a_response_without_a_token_of_the_assistant_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     silent = {**PAIR, "rejected": [{"role": "user", "content": "No."}]}
     with pytest.raises(UserError, match=r"a.jsonl:2: the chat template marks no token of response 2 as the assistant"):
-        load_preferences(write(tmp_path / "a.jsonl", PAIR, silent), tokenizer, 64, 9)
+        load(write(tmp_path / "a.jsonl", PAIR, silent), tokenizer, 64, 9)
     with pytest.raises(UserError, match=r"a.jsonl:1: 3 responses, dpo.responses is 2"):
-        load_preferences(write(tmp_path / "a.jsonl", GOOD), tokenizer, 64, 2)
+        load(write(tmp_path / "a.jsonl", GOOD), tokenizer, 64, 2)
     with pytest.raises(UserError, match=r"a.jsonl:1: response 1 .* raise dpo.context"):
-        load_preferences(write(tmp_path / "a.jsonl", GOOD), tokenizer, 24, 9)
+        load(write(tmp_path / "a.jsonl", GOOD), tokenizer, 24, 9)
