@@ -17,11 +17,10 @@ from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
 from jaxgpt.health import Limits
 from jaxgpt.mesh import check_batch
-from jaxgpt.models.net import joined
 from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import schedule
 from jaxgpt.stages.episodes import Actors
-from jaxgpt.stages.gold import Gold, gold_rows
+from jaxgpt.stages.gold import gold_rows, held_out
 from jaxgpt.stages.judge import Judge
 from jaxgpt.stages.roles import Roles
 from jaxgpt.stages.rollouts import Estimate, Rollouts
@@ -103,7 +102,7 @@ def on_policy(
         schedule=schedule(config.optimizer, config.steps, config.updates_per_rollout),
         steps=config.steps,
         tokens_per_step=config.batch * (config.prompt_length + config.response_length),
-        evaluate=_gold(run, config, name, roles, rollouts),
+        evaluate=held_out(run, config, name, roles, rollouts.ends),
         quality=lambda figures: figures["gold"],
         boundary=lambda step: step % config.updates_per_rollout == 0,
         extras={"kl_coef": config.kl.coef},
@@ -116,26 +115,6 @@ def on_policy(
             f"{config.updates_per_rollout} updates each",
             roles.memory(),
         ),
-    )
-
-
-def _gold(run: Run, config: RolloutConfig, name: str, roles: Roles, rollouts: Rollouts) -> Gold | None:
-    """The held-out evaluation, where there is one."""
-    rows = gold_rows(run, config, name)
-    if config.gold is None or rows is None:
-        return None
-    scored = config.model_copy(update={"rewards": config.gold.rewards})
-    return Gold(
-        config=config,
-        actors=rollouts.actors,
-        judge=Judge(scored, [], rows, run.tokenizer, f"{name}.gold"),
-        prompts=rows,
-        beside=rollouts.frozen,
-        start=lambda: {"policy": joined(roles.policy.frozen(), roles.policy.first())},
-        mesh=run.mesh,
-        key=run.key("gold"),
-        ends=rollouts.ends,
-        pad=run.tokenizer.pad,
     )
 
 
