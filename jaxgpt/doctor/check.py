@@ -30,7 +30,7 @@ class Check:
 
 
 def below(name: str, figure: float, bar: float | None, change: str, shown: str = "") -> Check:
-    """A figure that has to be less than its bar (`shown` to people); NaN never is. Without a bar it is told alone."""
+    """A figure that has to be less than its bar (`shown` to people), which NaN never is; without a bar, told alone."""
     if bar is None:
         return Check(name, f"{figure:.2g}")
     return Check(name, f"{figure:.2g}", f"below {shown or f'{bar:g}'}", bool(figure < bar), change)
