@@ -31,7 +31,7 @@ EDGE = (
     ("stages",),
     ("api",),
     ("evaluate", "report"),
-    ("pipeline", "terminal", "exchange", "jaxgpt"),
+    ("pipeline", "overopt", "verbs", "terminal", "exchange", "jaxgpt"),
     ("cli",),
     ("__main__",),
 )

@@ -21,7 +21,7 @@ SIDE = 1000.0
 
 @dataclass(frozen=True)
 class Line:
-    """One curve of a chart; `look` is a class of the page: raw, main, second, or dots."""
+    """One curve of a chart; `look` is a class of the page: raw, main, second, dots, or dots own."""
 
     label: str
     points: Sequence[Point]
@@ -162,7 +162,7 @@ def _reach(x: Scale, title: str) -> str:
 def _path(line: Line, x: Scale, y: Scale) -> str:
     """Dots are strokes without length and with round ends: they stay round however the drawing is stretched."""
     places = [f"{x.at(step):.1f} {SIDE - y.at(value):.1f}" for step, value in thin_out(line.points)]
-    dots = line.look == "dots" or len(places) == 1
+    dots = line.look.startswith("dots") or len(places) == 1
     drawing = "".join(f"M{place}h0" for place in places) if dots else f"M{'L'.join(places)}"
     return Markup('<path class="{}" data-label="{}" d="{}"/>').format(f"line {line.look}", line.label, drawing)
 

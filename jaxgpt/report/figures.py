@@ -39,6 +39,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         "reward": _reward(stages["reward"], run.results) if "reward" in stages else None,
         **{name: _aligned(stages[name], run.results) for name in ALIGNED if name in stages},
         "base": _base(run.results),
+        "overopt": dict(run.study),
         "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
         "seconds_by_stage": seconds,

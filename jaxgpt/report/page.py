@@ -20,6 +20,7 @@ from jaxgpt.report.charts import Line, line_chart, smooth
 from jaxgpt.report.collect import Run, Stage, read_run
 from jaxgpt.report.figures import TITLES, key_result, report_figures
 from jaxgpt.report.judged import margins, reward_charts
+from jaxgpt.report.study import study_view
 from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
@@ -135,6 +136,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         margins=margins(figures.get("reward", {}).get("by_margin") or []),
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
         reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
+        study=study_view(run.study),
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )

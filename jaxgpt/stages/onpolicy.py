@@ -20,6 +20,7 @@ from jaxgpt.mesh import check_batch
 from jaxgpt.models.net import joined
 from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import schedule
+from jaxgpt.runs import parents
 from jaxgpt.stages.episodes import Actors
 from jaxgpt.stages.gold import Gold, gold_rows
 from jaxgpt.stages.judge import Judge
@@ -125,10 +126,12 @@ def _gold(run: Run, config: RolloutConfig, name: str, roles: Roles, rollouts: Ro
     if config.gold is None or rows is None:
         return None
     scored = config.model_copy(update={"rewards": config.gold.rewards})
+    models = [run.load_reward(init) for role, init in parents(run.config, name).items() if role.startswith("gold ")]
     return Gold(
         config=config,
         actors=rollouts.actors,
-        judge=Judge(scored, [], rows, run.tokenizer, f"{name}.gold"),
+        judge=Judge(scored, models, rows, run.tokenizer, f"{name}.gold"),
+        reward=Judge(config, roles.rewards, rows, run.tokenizer, name),
         prompts=rows,
         beside=rollouts.frozen,
         start=lambda: {"policy": joined(roles.policy.frozen(), roles.policy.first())},
