@@ -33,7 +33,7 @@ def gold(record: dict[str, Any], response: str) -> float:
     CALLS.append(response)
     if STOP_AT and len(CALLS) == STOP_AT[0]:
         os.kill(os.getpid(), signal.SIGTERM)
-    return response.count("a") - 0.05 * len(response)
+    return response.count("a") - len(response) / 16
 
 
 def settings(tmp_path: Path, **changes: Any) -> Config:
@@ -117,7 +117,7 @@ def test_every_proxy_is_an_ordinary_run(home):
 
 
 def test_labels_are_the_policys_own_responses_ranked_by_gold(home):
-    samples = records(home / "data/labels/samples.jsonl")
+    samples = records(home / "labels/samples.jsonl")
     assert [line["prompt"] for line in samples] == (ASKED[:4] * 3)[:9]
     assert all(line["gold"] == [gold({}, text) for text in line["responses"]] for line in samples)
     big = records(home / "proxies/big/rankings.jsonl")
@@ -132,14 +132,13 @@ def test_labels_are_the_policys_own_responses_ranked_by_gold(home):
 
 
 def test_best_of_n_is_what_the_samples_and_the_finished_proxy_say(config, home):
-    kept = np.load(home / "data/samples/samples.npz")
-    tokens, real = kept["tokens"], kept["segments"] > 0
-    assert len(tokens) == 2 * 8
+    lines = records(home / "samples/samples.jsonl")
+    assert [line["prompt"] for line in lines] == ASKED[4:] and {len(line["tokens"]) for line in lines} == {8}
+    golds = np.array([line["gold"] for line in lines])
     for name, found in results(config)["proxies"].items():
         model = load_once(home / "proxies" / name / "reward")
-        scores = model.score_tokens([row[keep].tolist() for row, keep in zip(tokens, real, strict=True)])
-        scores = np.where(kept["ended"], scores, -1.0).reshape(2, 8)  # PPO's rule for responses that never end
-        golds = kept["gold"].reshape(2, 8)
+        scores = [model.score_tokens([line["prompt_tokens"] + row for row in line["tokens"]]) for line in lines]
+        scores = np.where([line["ended"] for line in lines], scores, -1.0)  # PPO's rule for responses that never end
         assert found["start"]["proxy"] == pytest.approx(np.mean(scores), abs=1e-5)
         for point in found["best_of_n"]["points"]:
             assert point["proxy"] == pytest.approx(np.mean(best_of_n(scores, scores, point["n"])), abs=1e-5)
@@ -174,7 +173,7 @@ def test_what_is_finished_is_not_made_again(config, home):
 def test_a_stopped_study_goes_on_and_ends_the_same(config, tmp_path):
     again = settings(tmp_path)
     CALLS.clear()
-    STOP_AT.append(9 * 3 + 2 * 8 + 2 * 2)  # labels, held-out samples, and one measurement of the first PPO
+    STOP_AT.append(9 * 3 + 2 * 8 + 2 * 2 * 2)  # labels, samples, the first PPO's start and one measurement
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(Preempted, match="ppo: stopped after step 2 of 3"):
@@ -190,7 +189,7 @@ def test_a_stopped_study_goes_on_and_ends_the_same(config, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"eval_samples": 3}, r"ppo was made with other inputs.*\n  measured.eval_samples: 2 -> 3"),
+        ({"eval_samples": 3}, r"ppo was made with other inputs.*\n  ppo.gold.responses: 2 -> 3"),
         ({"kinds": ["tales"]}, r"overopt.kinds: .*asked.jsonl has no prompt of kind tales; there are asked, other"),
         ({"batch": 0.5}, "batch"),
     ],
@@ -206,6 +205,8 @@ def test_gold_may_be_a_reward_model(tmp_path):
     made = settings(tmp_path, gold=model, proxies={"only": {"labels": 4}})
     studied(made)
     judge = load_once(tmp_path / "tiny/reward")
-    kept = np.load(tmp_path / "study/overopt/data/samples/samples.npz")
-    rows = [row[keep].tolist() for row, keep in zip(kept["tokens"], kept["segments"] > 0, strict=True)]
-    np.testing.assert_allclose(kept["gold"], judge.score_tokens(rows), atol=1e-5)
+    for line in records(tmp_path / "study/overopt/samples/samples.jsonl"):
+        rows = [line["prompt_tokens"] + row for row in line["tokens"]]
+        np.testing.assert_allclose(line["gold"], judge.score_tokens(rows), atol=1e-5)
+    measured = results(made)["proxies"]["only"]["ppo"]["points"]
+    assert [point["step"] for point in measured] == [0, 1, 2, 3] and all(np.isfinite(p["gold"]) for p in measured)

@@ -1039,7 +1039,7 @@ class OveroptConfig(Section):
                 raise ValueError(f"{setting} is set, and the study has its own; leave it out")
         if self.ppo.stop is not None or self.ppo.stop_after:
             raise ValueError(
-                "ppo.stop and ppo.stop_after are set, and samples end as the chat template says; leave out"
+                "ppo.stop or ppo.stop_after is set, and samples end as the chat template says; leave it out"
             )
         return self
 
