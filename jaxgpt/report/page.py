@@ -19,6 +19,7 @@ from jaxgpt.report.collect import Run, read_run
 from jaxgpt.report.figures import TITLES, report_figures
 from jaxgpt.report.judged import margins
 from jaxgpt.report.stages import stage_view
+from jaxgpt.report.study import study_view
 from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
@@ -71,6 +72,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
         reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
         alignment=alignment_view(figures.get("alignment", ())),
+        study=study_view(run.study),
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
