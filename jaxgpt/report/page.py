@@ -161,9 +161,12 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
         elif "gold_after" not in found and found.get("score_end") is not None:
             note = f"{numbers.decimal(found['score_start'])} in the first rollouts"
             add(title, numbers.decimal(found["score_end"]), "score in the last rollouts", note)
+        elif "gold_after" not in found and found.get("heldout_accuracy") is not None:
+            add(title, numbers.percent(found["heldout_accuracy"], 1), "of held-out pairs put right")
     if warnings := figures.get("warnings"):
         note = ", ".join(f"{TITLES[name]} {len(told)}" for name, told in warnings.items())
-        add("Health", str(sum(map(len, warnings.values()))), "warnings", note)
+        told = sum(map(len, warnings.values()))
+        add("Health", str(told), "warnings" if told > 1 else "warning", note)
     return tiles
 
 
