@@ -192,8 +192,7 @@ def test_sizes_near_each_other_share_their_programs(run):
 
 
 def test_models_that_differ_in_their_parameters_alone_may_share_their_programs(run, sft, reward):
-    other = jaxgpt.load(run / "pretrain")
-    shared = other.sharing(sft)
+    other, shared = jaxgpt.load(run / "pretrain"), jaxgpt.load(run / "pretrain").sharing(sft)
     assert shared.folder == run / "pretrain" and shared._logits is sft._logits
     rows = [sft.encode("a cat"), sft.encode("the dog met a cat")]
     np.testing.assert_array_equal(shared.logits(rows), other.logits(rows))

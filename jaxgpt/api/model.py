@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -89,15 +88,12 @@ class Model:
         self._advance = jax.jit(self._decode, donate_argnums=1)
 
     def sharing(self, other: Model) -> Model:
-        """This model with the compiled programs of `other`, where the two differ in their parameters alone."""
-        alike = ("kind", "config", "vocab", "mesh")
-        if any(getattr(self, name) != getattr(other, name) for name in alike) or (
-            self.tokenizer.hash != other.tokenizer.hash
-        ):
-            return self
-        made = copy.copy(other)
-        made.folder, made.params = self.folder, self.params
-        return made
+        """This model, from now on with the compiled programs of `other` where they differ in their parameters alone."""
+        ours, theirs = ((m.kind, m.config, m.vocab, m.mesh, m.tokenizer.hash) for m in (self, other))
+        if ours == theirs:
+            self._logits, self._logprobs, self._scores = other._logits, other._logprobs, other._scores
+            self._start, self._advance = other._start, other._advance
+        return self
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text: BOS, for tokenizers that have one, and the text. Control pieces in it are plain text."""
@@ -299,9 +295,8 @@ class Model:
         self, params: Params, state: Decoding, key: jax.Array, temperature: jax.Array, kept: Any, limit: jax.Array
     ) -> Decoding:
         ends, pad = self.tokenizer.ends, self.tokenizer.pad
-        pieces = (
-            self.tokenizer.size if self.config.vocab is None else None
-        )  # rows that the model's own settings ask for
+        # rows that the model's own settings ask for are sampled
+        pieces = self.tokenizer.size if self.config.vocab is None else None
         return advance(self.net.bind(params), state, key, temperature, kept, ends, pad, limit, pieces)
 
 

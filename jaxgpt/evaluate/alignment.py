@@ -138,10 +138,14 @@ class Alignment:
                 other = {"against": str(replies[b].model.folder), "against_label": names[b]}
                 results = {"measure": "win_rate", **other, **self._settings(), **found}
                 lines = list(pairs(self.asked, replies[a], replies[b], judged))
-                yield Found(f"against-{names[b]}", results, win_rate_table(title, found), lines)
+                yield Found(f"against-{names[b]}-by-{self.judge.label}", results, win_rate_table(title, found), lines)
         if len(replies) > 2:
             rated = ratings_results(names, outcomes, self.c.seed)
-            yield Found("ratings", {"measure": "ratings", **self._settings(), **rated}, ratings_table(rated))
+            yield Found(
+                f"ratings-by-{self.judge.label}",
+                {"measure": "ratings", **self._settings(), **rated},
+                ratings_table(rated),
+            )
 
     def _frontier(self, ours: Replies, console: Console) -> Found:
         from jaxgpt.evaluate.frontier import check_tokenizer, distances, frontier_table, point_results
@@ -162,7 +166,10 @@ class Alignment:
             found["group"] = label_of(Path(point.group), run)
             points.append({"label": label_of(point.folder, run), "reference": False, **found})
         results = {"measure": "frontier", **self._settings(), "points": points}
-        return Found("frontier", results, frontier_table(f"KL from {reference.folder}, and what it bought", points))
+        groups = "+".join(dict.fromkeys(found["group"] for found in points[1:]))
+        return Found(
+            f"frontier-{groups}", results, frontier_table(f"KL from {reference.folder}, and what it bought", points)
+        )
 
     def _best_of(self, model: Model, console: Console) -> Found:
         from jaxgpt.evaluate.best_of import best_of_results, best_of_table, pass_results, right_answers
@@ -178,4 +185,5 @@ class Alignment:
         passes = pass_results(self.c.best_of, self.asked, right)
         results = {"measure": "best_of", **self._settings(), "samples": samples, "curve": curve, "pass_at_k": passes}
         title = f"{model.folder}: the best of n responses" + (f" by {self.proxy.name}" if self.proxy else "")
-        return Found("best-of", results, best_of_table(title, curve, passes))
+        by = "" if self.proxy is None else f"-by-{self.proxy.label}"
+        return Found(f"best-of{by}", results, best_of_table(title, curve, passes))

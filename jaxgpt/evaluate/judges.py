@@ -16,7 +16,7 @@ import numpy as np
 from jaxgpt.config.options import Measures
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.judge_server import JudgeServer, Question, Verdict
-from jaxgpt.evaluate.named import model_folder
+from jaxgpt.evaluate.named import ELSEWHERE, label_of, model_folder
 from jaxgpt.evaluate.replies import Asked, Replies
 from jaxgpt.graders import load_scorer
 from jaxgpt.runs import is_foreign
@@ -39,9 +39,9 @@ class Judged(NamedTuple):
 class Scores:
     """A judge that gives every response a score."""
 
-    def __init__(self, name: str, score: Callable[[Asked, Replies], np.ndarray]):
-        """`score` gives [M] for a response to each prompt."""
-        self.name, self.score = name, score
+    def __init__(self, name: str, label: str, score: Callable[[Asked, Replies], np.ndarray]):
+        """`score` gives [M] for a response to each prompt; `label` stands in names of files."""
+        self.name, self.label, self.score = name, label, score
 
     def compare(self, asked: Asked, ours: Replies, theirs: Replies) -> Judged:
         """The higher score is better; the same words are a tie, whatever a score's last digit says."""
@@ -56,7 +56,7 @@ class InWords:
     """A judge that compares two responses, asked in both orders: what it does not say twice is a tie."""
 
     def __init__(self, server: JudgeServer):
-        self.server, self.name = server, f"{server.model} at {server.base}"
+        self.server, self.name, self.label = server, f"{server.model} at {server.base}", str(server.model)
 
     def compare(self, asked: Asked, ours: Replies, theirs: Replies) -> Judged:
         """Raises UserError where the server gives no verdict at all."""
@@ -99,6 +99,7 @@ def scores_by(word: str, setting: str, wanted: Measures) -> Scores:
         scorer = load_scorer(word, setting)
         return Scores(
             word,
+            word.rpartition(":")[2],
             lambda asked, replies: np.array(
                 [float(scorer(record, text)) for record, text in zip(asked.records, replies.texts, strict=True)]
             ),
@@ -135,7 +136,7 @@ def _by_model(folder: Path, setting: str, wanted: Measures) -> Scores:
         parts = [model.score(talks[at : at + wanted.batch]) for at in range(0, len(talks), wanted.batch)]
         return np.concatenate(parts).astype(np.float64)
 
-    return Scores(str(folder), score)
+    return Scores(str(folder), label_of(folder, ELSEWHERE), score)
 
 
 def find_judge(wanted: Measures, key: str | None) -> Scores | InWords | None:

@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,11 @@ from jaxgpt.recorded import write_whole
 from jaxgpt.runs import FOREIGN, KINDS, STAGES, find_stage, finished, is_finished, is_foreign
 
 Results = dict[str, Any]
+LONGEST = 120
+"""Characters of what is measured that the name of its file has, at most."""
 CHECKPOINTS = "checkpoints"
+ELSEWHERE = Path("/")
+"""Seen from here every model's name has that of its run."""
 
 
 class Point(NamedTuple):
@@ -142,7 +147,8 @@ def label_of(folder: Path, run: Path | None = None) -> str:
 def write_results(folder: Path, what: str, found: Results, out: str | None = None) -> Path:
     """Writes what was found about a model, whole or not at all."""
     home = home_of(folder, out)
-    path = home / f"{label_of(folder)}-{what.replace('/', '_')}.json"
+    name = re.sub("[/:]", "_", what)[:LONGEST]
+    path = home / f"{label_of(folder)}-{name}.json"
     home.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(_plain({"model": str(folder), "label": label_of(folder), **found}), indent=1) + "\n")
     return path

@@ -56,9 +56,10 @@ def test_a_function_judges_two_models(home, evaluate):
     code, out, err = evaluate("runs/tiny/sft", "against=runs/tiny/pretrain", "prompts=ask.jsonl", f"judge={LENGTH}")
     assert code == 0, err
     assert "runs/tiny/sft against runs/tiny/pretrain, judged by length_judge:score" in out
-    found = written(home, "sft-against-pretrain.json")
+    found = written(home, "sft-against-pretrain-by-score.json")
     lines = [
-        json.loads(line) for line in (home / "runs/tiny/evaluate/sft-against-pretrain.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (home / "runs/tiny/evaluate/sft-against-pretrain-by-score.jsonl").read_text().splitlines()
     ]
     assert [line.get("prompt", line.get("messages")) for line in lines] == [
         "What is the cat?",
@@ -74,7 +75,7 @@ def test_a_function_judges_two_models(home, evaluate):
     assert set(found["by_kind"]) == {"fact", "story"} and found["measure"] == "win_rate"
     assert found["against"] == "runs/tiny/pretrain" and found["prompt_files"] == ["ask.jsonl"] and found["seed"] == 0
     again = evaluate("runs/tiny/sft", "against=runs/tiny/pretrain", "prompts=ask.jsonl", f"judge={LENGTH}")
-    assert again[0] == 0 and written(home, "sft-against-pretrain.json") == found
+    assert again[0] == 0 and written(home, "sft-against-pretrain-by-score.json") == found
 
 
 def test_a_server_judges_in_both_orders(home, evaluate, monkeypatch):
@@ -83,9 +84,9 @@ def test_a_server_judges_in_both_orders(home, evaluate, monkeypatch):
         words = ("runs/tiny/sft", "against=runs/tiny/pretrain", "prompts=ask.jsonl", f"judge={judge.address}")
         code, out, err = evaluate(*words, "judge_key=JUDGE_KEY", "out=told")
         assert code == 0, err
-    by_server = json.loads((home / "told/sft-against-pretrain.json").read_text())
+    by_server = json.loads((home / "told/sft-against-pretrain-by-tiny-judge.json").read_text())
     evaluate(*words[:3], f"judge={LENGTH}")
-    by_length = written(home, "sft-against-pretrain.json")
+    by_length = written(home, "sft-against-pretrain-by-score.json")
     shared = ("wins", "ties", "losses", "by_kind", "length")
     assert {key: by_server[key] for key in shared} == {key: by_length[key] for key in shared}
     assert by_server["asked_twice"]["flipped"] == 0 and by_server["judge"] == f"tiny-judge at {judge.address}"
@@ -99,9 +100,10 @@ def test_a_reward_model_judges_the_tokens_that_were_sampled(home, evaluate):
     )
     assert code == 0, err
     lines = [
-        json.loads(line) for line in (home / "runs/tiny/evaluate/sft-against-pretrain.jsonl").read_text().splitlines()
+        json.loads(line)
+        for line in (home / "runs/tiny/evaluate/sft-against-pretrain-by-tiny-reward.jsonl").read_text().splitlines()
     ]
-    found = written(home, "sft-against-pretrain.json")
+    found = written(home, "sft-against-pretrain-by-tiny-reward.json")
     assert found["judge"] == "runs/tiny/reward"
     assert found["scores"]["ours"]["mean"] == pytest.approx(np.mean([line["scores"][0] for line in lines]))
     model = load_once(home / "runs/tiny/reward")
@@ -116,7 +118,7 @@ def test_several_models_are_rated(home, evaluate):
     words = ("against=runs/tiny/pretrain,runs/tiny/sft", "prompts=ask.jsonl", f"judge={LENGTH}")
     code, out, err = evaluate("runs/tiny/sft", *words)
     assert code == 0, err
-    found = written(home, "sft-ratings.json")
+    found = written(home, "sft-ratings-by-score.json")
     assert found["measure"] == "ratings" and ("ratings (mean 1000" in out)
     assert found["ratings"] or found["reason"]
 
@@ -125,7 +127,7 @@ def test_best_of_n_is_estimated_from_the_same_responses(home, evaluate):
     words = ("best_of=1,2,4", "samples=5", "proxy=runs/tiny", f"judge={LENGTH}", "prompts=ask.jsonl")
     code, out, err = evaluate("runs/tiny/sft", *words)
     assert code == 0, err
-    found = written(home, "sft-best-of.json")
+    found = written(home, "sft-best-of-by-tiny-reward.json")
     assert [point["n"] for point in found["curve"]] == [1, 2, 4] and found["samples"] == 5
     assert [point["kl"] for point in found["curve"]] == [bon_kl(n) for n in (1, 2, 4)]
     proxy = [point["proxy"] for point in found["curve"]]
@@ -153,7 +155,7 @@ def test_the_frontier_is_measured_from_the_run(home, evaluate):
     )
     code, out, err = evaluate("runs/tiny/sft", *words)
     assert code == 0, err
-    reference, other, itself = written(home, "sft-frontier.json")["points"]
+    reference, other, itself = written(home, "sft-frontier-pretrain+sft.json")["points"]
     assert reference["reference"] and reference["kl"] == 0.0 and "win_rate" not in reference
     assert abs(itself["kl"]) < 1e-4 and 0 <= itself["kl_k3"] < 1e-6 and itself["label"] == "sft"
     assert other["label"] == other["group"] == "pretrain" and other["step"] == 1

@@ -38,7 +38,7 @@ def by_length(asked: Asked, given: Replies) -> np.ndarray:
 
 def test_the_higher_score_wins_and_the_same_words_tie_whatever_they_score():
     noisy = iter([0.0, 1e-9, 2.0, 1.0, 0.5, 0.0])
-    judge = Scores("noisy", lambda asked, given: np.array([next(noisy) for _ in given.texts]))
+    judge = Scores("noisy", "n", lambda asked, given: np.array([next(noisy) for _ in given.texts]))
     found = judge.compare(asked("a", "a", "a"), replies("same", "x", "y"), replies("same", "z", "w"))
     assert found.outcomes.tolist() == [0.5, 0.0, 1.0]
     assert found.scores[0].tolist() == [0.0, 1e-9, 2.0] and found.asked_twice is None
@@ -136,7 +136,7 @@ def test_a_table_tells_of_length_and_order():
 def test_a_model_that_says_the_same_as_itself_ties():
     given = replies("a", "bb")
     found = win_rate_results(
-        asked("k", "k"), given, given, Scores("length", by_length).compare(asked("k", "k"), given, given)
+        asked("k", "k"), given, given, Scores("length", "l", by_length).compare(asked("k", "k"), given, given)
     )
     assert found["ties"] == 2 and found["win_rate"] == 0.5 and found["longer_won"] is None
 
