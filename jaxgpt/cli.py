@@ -102,7 +102,7 @@ def _pipeline(name: str, words: list[str]) -> int:
         defaults = filled(needs, annotations(Config)[needs])
         raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {defaults} for its defaults")
     check_ready(name, loaded)
-    from jaxgpt.pipeline import run_verb
+    from jaxgpt.verbs import run_verb
 
     return run_verb(name, loaded.config)
 
@@ -308,6 +308,13 @@ VERBS = {
         (*STAGE, "evaluate"),
         "evaluate",
         Measures,
+    ),
+    "overopt": Verb(
+        CONFIG_USAGE,
+        "Study of over-optimisation: proxies of a gold score, best-of-n and PPO against them.",
+        _pipeline,
+        (*STAGE, "overopt"),
+        "overopt",
     ),
     "report": Verb(f"RUN_FOLDER | {CONFIG_USAGE}", "One HTML page about a run.", _report, ALWAYS),
     "sample": Verb('RUN_FOLDER "TEXT" [options]', "Complete a text.", _sample),

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import time
-import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,6 @@ import jax
 import yaml
 from rich.console import Console
 
-from jaxgpt.api import keep_compiled
 from jaxgpt.config.load import ConfigError, dump
 from jaxgpt.config.schema import Config, RolloutConfig, StageConfig
 from jaxgpt.data.records import file_hash, read_fields, read_texts
@@ -52,7 +49,7 @@ from jaxgpt.runs import (
 )
 from jaxgpt.stages import dpo, grpo, onpolicy, ppo, pretrain, rejection, reward, rloo, sft
 from jaxgpt.stages.run import Run
-from jaxgpt.train.loop import RESUMABLE, Preempted, Stage, train
+from jaxgpt.train.loop import Stage, train
 
 RUNTIME = ("checkpoint", "log_every", "accumulate")
 """Settings of a stage that do not change what comes out of it."""
@@ -71,39 +68,6 @@ MAKE = {
 }
 
 
-def run_verb(verb: str, config: Config) -> int:
-    """Does what a verb of the command line asks for and returns its exit code: 75 where it was asked to stop."""
-    keep_compiled()
-    console = Console(soft_wrap=True)
-    pipeline = Pipeline(config, console)
-    before = signal.signal(signal.SIGTERM, _preempt)  # training has a handler of its own, which saves first
-    try:
-        match verb:
-            case "run":
-                pipeline.everything()
-            case "prepare":
-                pipeline.prepare()
-            case "tokenizer":
-                pipeline.prepare()
-                pipeline.tokenizer()
-            case "eval":
-                pipeline.evaluate()
-            case "report":
-                console.print(f"report  {write_report(pipeline.folder)}", highlight=False)
-            case _:
-                pipeline.one(verb)
-    except Preempted as stopped:
-        console.print(str(stopped), highlight=False)
-        return RESUMABLE
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    return 0
-
-
-def _preempt(number: int, frame: types.FrameType | None) -> None:
-    raise Preempted("stopped between stages; the same command goes on")
-
-
 class Pipeline:
     """The parts of one run."""
 
@@ -117,18 +81,22 @@ class Pipeline:
         asked = [name for name in STAGES if getattr(self.config, name) is not None]
         if self.config.evaluate is not None and self.config.evaluate.scorer is not None:
             load_scorer(self.config.evaluate.scorer, "evaluate.scorer")
-        self.check(asked)
-        self.prepare()
-        tokenizer = self.tokenizer()
-        self.check_recorded(asked, tokenizer)
-        self.check_records(asked, tokenizer)
-        for name in asked:
-            self.stage(name)
+        self.stages(asked)
         if self.config.evaluate is not None:
             self.evaluate()
         page = write_report(self.folder)
         self.console.print(summary_table(self.folder))
         self.console.print(f"report  {page}   ({time.monotonic() - began:.0f} s)", highlight=False)
+
+    def stages(self, names: list[str]) -> None:
+        """Stages in order, with data and tokenizer, once nothing speaks against any of them."""
+        self.check(names)
+        self.prepare()
+        tokenizer = self.tokenizer()
+        self.check_recorded(names, tokenizer)
+        self.check_records(names, tokenizer)
+        for name in names:
+            self.stage(name)
 
     def one(self, name: str) -> None:
         """One stage, with the data and the tokenizer it needs."""
@@ -180,7 +148,7 @@ class Pipeline:
                 f"{self.folder / 'data'} was made with other settings, and stages were trained with it; "
                 f"use another name=..., or remove {self.folder}"
             )
-        with self._part("prepare"):
+        with self.part("prepare"):
             write_world(self.folder / "data", made)
 
     def _begun(self) -> bool:
@@ -207,7 +175,7 @@ class Pipeline:
         inputs["template"] = template if template in (None, *BUILT_IN) else file_hash([template])
         if same_inputs(home, inputs):
             return Tokenizer.load(home)
-        with self._part("tokenizer"):
+        with self.part("tokenizer"):
             if self._begun():
                 raise UserError(
                     f"{home} was made from other settings or text, and stages were trained with it; "
@@ -244,7 +212,7 @@ class Pipeline:
             source_hash = file_hash(paths) + source.field
             if is_current(home, tokenizer, source_hash, data):
                 continue
-            with self._part(f"tokens {name}"):
+            with self.part(f"tokens {name}"):
                 texts = read_texts(paths, source.field)
                 write_tokens(texts, tokenizer, home, data.val_fraction, data.val_split, source_hash)
             unknown = json.loads((home / "index.json").read_text())["unknown_tokens"]
@@ -295,10 +263,10 @@ class Pipeline:
             inputs["files"].append(short_hash(self.paths(config.gold.data.path)))
         before = {role: parent for role, parent in parents(self.config, name).items() if parent != RANDOM}
         kinds = {role: "language" if role == "start" else "scalar" for role in before}
-        inputs["parents"] = {parent: self._mark(parent, kinds[role]) for role, parent in before.items()}
+        inputs["parents"] = {parent: self.mark(parent, kinds[role]) for role, parent in before.items()}
         return inputs
 
-    def _mark(self, parent: str, kind: str = "language") -> str:
+    def mark(self, parent: str, kind: str = "language") -> str:
         """What tells a stage's starting point from another. Raises UserError where there is none yet."""
         if is_foreign(parent):
             return Foreign.describe(self.paths(parent)[0]).mark()
@@ -312,13 +280,13 @@ class Pipeline:
             raise UserError("the config has no section evaluate")
         inputs = {
             "evaluate": c.model_dump(mode="json"),
-            "stages": {name: self._mark(name) for name in finished(self.folder)},
+            "stages": {name: self.mark(name) for name in finished(self.folder)},
         }
         inputs["files"] = [short_hash(self.paths(given.path)) for given in (c.data, c.exact) if given is not None]
         if same_inputs(home, inputs) and (home / "results.json").exists():
             self.console.print("evaluate  finished", highlight=False)
             return
-        with self._part("evaluate"):
+        with self.part("evaluate"):
             results = Suite(self.folder, self.config, c, self.config.mesh, self.console).run()
             home.mkdir(exist_ok=True)
             self._keep_config()
@@ -326,7 +294,7 @@ class Pipeline:
             write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
 
     @contextmanager
-    def _part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Iterator[None]:
         """Tells how long a part took, and keeps that for the report."""
         began = time.monotonic()
         yield

@@ -17,7 +17,7 @@ from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.worlds import world_files
 from jaxgpt.errors import UserError, nearest
-from jaxgpt.runs import RANDOM, STAGES, demonstrations, parents, reads_text, resolved, run_folder
+from jaxgpt.runs import RANDOM, STAGES, before_study, demonstrations, parents, reads_text, resolved, run_folder
 
 Paths = str | tuple[str, ...]
 DATA = {
@@ -33,18 +33,22 @@ DATA = {
 def check_ready(verb: str, loaded: Loaded) -> None:
     """Raises ConfigError with all that speaks against a verb; `config` is told what holds for any verb."""
     config = loaded.config
-    asked = STAGES if verb in ("run", "config", "doctor") else (verb,)
+    studies = config.overopt is not None and verb in ("config", "overopt")
+    every = verb in ("run", "config", "doctor")
+    asked = before_study(config) if verb == "overopt" else STAGES if every else (verb,)
     stages = [name for name in STAGES if name in asked and getattr(config, name) is not None]
     evaluates = config.evaluate is not None and verb in ("run", "config", "doctor", "eval")
     sections = [*stages, "evaluate"] if evaluates else stages
     problems = [*_contexts(loaded, sections), *_best(loaded, stages), *_normalized(loaded, stages)]
-    problems += _adapters(loaded, stages)
+    problems += [*_adapters(loaded, stages), *(_study(loaded) if studies else ())]
+    sections = [*sections, "overopt"] if studies else sections
     if verb in ("run", "doctor") and not stages:
         problems.append(f"there is nothing to {verb}: the config has none of the sections {', '.join(STAGES)}")
+    trains = bool(stages) or verb in ("tokenizer", "overopt")
     if verb != "config":
         problems += _unset(loaded, sections)
-        problems += _missing(loaded, _needed(config, sections, bool(stages) or verb == "tokenizer"), verb != "eval")
-        if (stages or verb == "tokenizer") and not _learned(config) and "pretrain" not in stages:
+        problems += _missing(loaded, _needed(config, sections, trains), verb != "eval")
+        if trains and not _learned(config) and "pretrain" not in stages:
             problems.append(
                 "tokenizer.path_text: must be set, files to learn a tokenizer from; or data.path, or for one that "
                 "is there, tokenizer.path"
@@ -146,6 +150,27 @@ def _adapters(loaded: Loaded, stages: list[str]) -> Iterator[str]:
             )
 
 
+def _study(loaded: Loaded) -> Iterator[str]:
+    """Proxies whose sizes do not fit each other, and rows of the study that are too long, or too short."""
+    config, limit = loaded.config, loaded.config.model.context
+    study = config.overopt
+    assert study is not None
+    for name, proxy in study.proxies.items():
+        try:
+            proxy.model(config.model)
+        except ValueError as error:
+            yield f"overopt.proxies.{name}: {error}, its own or the policy's"
+    episode = study.ppo.prompt_length + study.ppo.response_length
+    what = f"{_named(loaded, 'overopt.ppo.prompt_length')} + {_named(loaded, 'overopt.ppo.response_length')}"
+    context, row = study.reward.context, _named(loaded, "overopt.reward.context")
+    if episode > limit:
+        yield f"{what}: found {episode}, expected at most model.context, which is {limit}"
+    if context > limit:
+        yield f"{row}: found {context}, expected at most model.context, which is {limit}"
+    elif context <= episode:
+        yield f"{row}: found {context}, expected more than {what}, {episode}: room for a prompt, a response and its end"
+
+
 def _unset(loaded: Loaded, sections: list[str]) -> Iterator[str]:
     """Sections without their data."""
     for name in sections:
@@ -180,7 +205,8 @@ def _needed(config: Config, sections: list[str], tokenizer: bool) -> dict[str, P
             files = getattr(getattr(config, name), part, None)
             for key in ("path", "eval_path"):
                 needed[f"{name}.{part}.{key}"] = getattr(files, key, None)
-        if (gold := getattr(getattr(config, name), "gold", None)) is not None:
+        section = getattr(config, name)
+        if isinstance(section, RolloutConfig) and (gold := section.gold) is not None:
             needed[f"{name}.gold.data.path"] = gold.data.path
     shown = demonstrations(config) if "reward" in sections else None
     if shown is not None and config.sft is not None and shown is config.sft.data:

@@ -40,14 +40,16 @@ def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
 
 def parents(config: Config, name: str) -> dict[str, str]:
     """What a stage starts from, by role: "start" (a stage, another run, a Hugging Face folder, or random), and for what
-    learns from its own responses "reward 1", "reward 2" ... and PPO's "critic"; all but the start are reward models."""
+    learns from its own responses "reward 1", "reward 2" ..., "gold 1" ... and PPO's "critic"; all but the start are
+    reward models."""
     section: StageConfig = getattr(config, name)
     before = {"pretrain": None, "sft": "pretrain", "reward": "sft"}.get(name, "sft")
     alone = name in ("sft", "reward") and getattr(config, before) is None
     found = {"start": section.init or (RANDOM if before is None or alone else before)}
     if isinstance(section, RolloutConfig):
-        models = [model for reward in section.rewards if isinstance(reward, ModelReward) for model in reward.folders]
-        found |= {f"reward {number}": model for number, model in enumerate(models, start=1)}
+        for role, rewards in (("reward", section.rewards), ("gold", section.gold.rewards if section.gold else ())):
+            models = [model for reward in rewards if isinstance(reward, ModelReward) for model in reward.folders]
+            found |= {f"{role} {number}": model for number, model in enumerate(models, start=1)}
     if isinstance(section, PpoConfig) and section.critic_init is not None:
         found["critic"] = section.critic_init
     return found
@@ -63,6 +65,20 @@ def demonstrations(config: Config) -> Conversations | None:
     if config.reward is None or config.reward.normalize != "demonstrations":
         return None
     return config.reward.demonstrations or (config.sft.data if config.sft is not None else None)
+
+
+def before_study(config: Config) -> list[str]:
+    """The stages of this run that a study's policy and gold score come from, in order."""
+    if config.overopt is None:
+        return []
+    gold = config.overopt.gold
+    wanted, queue = set[str](), [config.overopt.policy, *(gold.folders if isinstance(gold, ModelReward) else ())]
+    while queue:
+        name = queue.pop()
+        if name in STAGES and name not in wanted and getattr(config, name) is not None:
+            wanted.add(name)
+            queue += parents(config, name).values()
+    return [name for name in STAGES if name in wanted]
 
 
 def is_foreign(name: str | Path) -> bool:

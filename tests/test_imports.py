@@ -31,7 +31,7 @@ EDGE = (
     ("stages",),
     ("api",),
     ("evaluate", "report"),
-    ("pipeline", "doctor", "terminal", "exchange", "jaxgpt"),
+    ("pipeline", "overopt", "doctor", "verbs", "terminal", "exchange", "jaxgpt"),
     ("cli",),
     ("__main__",),
 )

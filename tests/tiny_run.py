@@ -49,6 +49,6 @@ def make_run(run: Path) -> Path:
             embed_VD = params["backbone"]["embed_VD"]
             louder = np.asarray(embed_VD) * np.where(np.arange(VOCAB) == tokenizer.eos, LIKELY_END, 1)[:, None]
             params["backbone"]["embed_VD"] = jax.device_put(louder.astype(np.float32), embed_VD.sharding)
-            save_params(run / stage / "params", params, {"kind": kind, **meta})
-            (run / stage / "done.json").write_text(json.dumps({"step": 1}))
+            mark = save_params(run / stage / "params", params, {"kind": kind, **meta})
+            (run / stage / "done.json").write_text(json.dumps({"step": 1, "fingerprint": mark}))
     return run

@@ -675,6 +675,9 @@ Verifiable = ExactReward | NumberReward | RegexReward | LengthReward | FunctionR
 Reward = Annotated[ModelReward | Verifiable, Field(discriminator="type")]
 
 
+Gold = Annotated[ModelReward | FunctionReward, Field(discriminator="type")]
+
+
 class MissingEosConfig(Section):
     """What a response scores that never ends."""
 
@@ -712,10 +715,12 @@ class GoldConfig(Section):
 
     data: Prompts
     """Prompts that are not trained on."""
-    rewards: Annotated[tuple[Annotated[Verifiable, Field(discriminator="type")], ...], Field(min_length=1)]
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)]
     """The gold score of a response: the sum of these, each times its weight."""
     prompts: Count = 192
     """Prompts asked: the first of the files, at most so many."""
+    responses: Count = 1
+    """Responses to each of them."""
 
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "fixed-norm"]
@@ -933,6 +938,112 @@ class EvaluateConfig(Section):
     """Question/answer pairs put before a prompt when the base model is asked."""
 
 
+class StudyPrompts(Section):
+    """Prompt files of a study: {"prompt"} or {"messages"}, with what the gold scorer reads."""
+
+    path: str | tuple[str, ...]
+    """JSONL files or glob patterns: prompts of the labels and of PPO."""
+    eval_path: str | tuple[str, ...]
+    """Held-out prompts, on which proxy and gold score are measured."""
+
+
+class ProxyConfig(Section):
+    """A reward model learned from labels of the gold score."""
+
+    width: Count | None = None
+    """Width of the residual stream; unset means the policy's."""
+    layers: Count | None = None
+    """Number of blocks; unset means the policy's."""
+    heads: Count | None = None
+    """Attention heads; unset means the policy's."""
+    hidden: Count | None = None
+    """Feed-forward width; unset means the policy's, or where width is set 4 widths, 8/3 where gated."""
+    labels: Count = 1000
+    """Rankings it learns from."""
+    noise: NonNegative = 0.0
+    """Standard deviation of the labellers' noise, in units of the gold score."""
+    epochs: Count | None = None
+    """Passes over its rankings; unset means overopt.reward.epochs."""
+    lr: Positive | None = None
+    """Peak learning rate; unset means overopt.reward.optimizer.lr."""
+    init: str | None = None
+    """Where it starts: a stage of this run, the folder of another, or random; unset means the policy's trunk for a
+    model of the policy's size, else random."""
+
+    @property
+    def resized(self) -> bool:
+        """Whether its size is not the policy's."""
+        return any(size is not None for size in (self.width, self.layers, self.heads, self.hidden))
+
+    def model(self, policy: ModelConfig) -> ModelConfig:
+        """Its architecture: the policy's in another size. Raises ValueError where the sizes do not fit each other."""
+        width, heads = self.width or policy.width, self.heads or policy.attention.heads
+        attention, mlp = policy.attention, policy.mlp
+        if self.width is not None or self.heads is not None:
+            if width % heads:
+                raise ValueError(f"width {width} is not a multiple of heads {heads}")
+            alone = heads != attention.heads and attention.kv_heads != 1
+            kv_heads = None if alone else attention.kv_heads
+            attention = attention.model_copy(update={"heads": heads, "kv_heads": kv_heads, "head_dim": None})
+        if self.width is not None or self.hidden is not None:
+            mlp = mlp.model_copy(update={"width": self.hidden})
+        sizes = {"width": width, "layers": self.layers or policy.layers, "attention": attention, "mlp": mlp}
+        return policy.model_copy(update=sizes)
+
+
+class OveroptConfig(Section):
+    """A study of over-optimisation (Gao et al. 2022, arXiv 2210.10760): a policy is optimised against proxies of a gold
+    score, by best-of-n and by PPO, and both scores are measured over the KL from where it began."""
+
+    policy: str = "sft"
+    """The policy that is optimised: a stage of this run, or the folder of another."""
+    gold: Gold
+    """The score that counts: of a function of yours, or of a reward model."""
+    data: StudyPrompts
+    """Prompts."""
+    kinds: tuple[str, ...] = ()
+    """Only prompts whose record has one of these under "kind"; empty means all."""
+    prompts: Annotated[int, Field(ge=2), BeforeValidator(_whole)] = 64
+    """Held-out prompts that are used, the first ones."""
+    responses: Annotated[int, Field(ge=2, le=64), BeforeValidator(_whole)] = 4
+    """Responses in a label: the policy's own, ranked by gold score and noise."""
+    proxies: Annotated[dict[FolderName, ProxyConfig], Field(min_length=1)]
+    """Reward models to optimise against, by name."""
+    best_of: Annotated[tuple[Count, ...], Field(min_length=2)] = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+    """Values of n for best-of-n."""
+    samples: Count = 512
+    """Responses to each held-out prompt from which best-of-n is estimated."""
+    eval_samples: Count = 8
+    """Responses to each held-out prompt at every measurement of PPO, overopt.ppo.eval_every updates apart."""
+    batch: Count = 256
+    """Responses generated and scored at a time."""
+    reward: RewardConfig = RewardConfig()
+    """How the proxies are trained; data, init and responses are the study's."""
+    ppo: PpoConfig = PpoConfig()
+    """How PPO is run against each; data, init, rewards and gold are the study's."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> OveroptConfig:
+        if max(self.best_of) > self.samples:
+            raise ValueError(f"best_of goes up to {max(self.best_of)}, and samples is {self.samples}")
+        taken = {
+            "reward.data": self.reward.data,
+            "reward.init": self.reward.init,
+            "ppo.data": self.ppo.data,
+            "ppo.init": self.ppo.init,
+            "ppo.rewards": None if self.ppo.rewards == (ModelReward(),) else self.ppo.rewards,
+            "ppo.gold": self.ppo.gold,
+        }
+        for setting, given in taken.items():
+            if given is not None:
+                raise ValueError(f"{setting} is set, and the study has its own; leave it out")
+        if self.ppo.stop is not None or self.ppo.stop_after:
+            raise ValueError(
+                "ppo.stop or ppo.stop_after is set, and samples end as the chat template says; leave it out"
+            )
+        return self
+
+
 class Config(Section):
     """A run: one assistant, from text to RL model."""
 
@@ -970,3 +1081,5 @@ class Config(Section):
     """In place of stage 4, by fine-tuning."""
     evaluate: EvaluateConfig | None = None
     """Evaluation of the finished models."""
+    overopt: OveroptConfig | None = None
+    """Study of over-optimisation, by jaxgpt overopt."""

@@ -40,6 +40,11 @@ class Asked:
 
         return Asked(repeated(self.records), repeated(self.messages), repeated(self.wheres))
 
+    def taken(self, count: int) -> Asked:
+        """The first `count` prompts; beyond the last they begin again."""
+        rows = [row % len(self) for row in range(count)]
+        return Asked(*([values[row] for row in rows] for values in (self.records, self.messages, self.wheres)))
+
 
 def read_prompts(paths: Sequence[str], limit: int | None = None) -> Asked:
     """Reads {"prompt"} or {"messages"}, at most `limit`. Raises UserError with file and line for what is no prompt."""

@@ -58,8 +58,8 @@ class Limits:
     """Share of groups whose scores are all equal."""
     errors: float = 2.0
     """Gold score or win rate this many standard errors below its best, in two evaluations, while the score rose."""
-    chosen: float = 0.5
-    """DPO: the chosen responses' reward fell by more than this share of what the margin is."""
+    chosen: float = 1.0
+    """DPO: the reward of the chosen responses fell by more than this many times the margin."""
     loss: float = 1.1
     """Loss of a supervised stage this many times the start's; half of what was gained lost again counts as well."""
     validation: float = 1.1

@@ -22,7 +22,7 @@ SIDE = 1000.0
 @dataclass(frozen=True)
 class Line:
     """One curve of a chart; `look` is a class of the page: raw, main, second, third, fourth, or dots; "dots mark main"
-    are marks on a line of that colour, which the pointer passes over."""
+    are marks on a line of that colour, which the pointer passes over, "dots own" stand alone."""
 
     label: str
     points: Sequence[Point]

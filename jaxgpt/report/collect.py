@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from bisect import bisect_right
@@ -93,6 +94,8 @@ class Run:
     """Seconds of what is no stage: data, tokenizer, token shards, evaluation."""
     alignment: tuple[Mapping[str, Any], ...] = ()
     """What comparisons of models by their responses wrote into evaluate/, by file name."""
+    study: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What a study of over-optimisation wrote; empty where there was none."""
 
     @property
     def name(self) -> str:
@@ -128,7 +131,8 @@ def read_run(folder: Path) -> Run:
         siblings = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
         raise UserError(f"{folder}: no such run folder.{nearest(folder.name, siblings)}")
     stages = {name: stage for name in STAGES if (stage := _read_stage(folder / name))}
-    if not stages:
+    study = _read_object(folder / "overopt" / "results.json") or {}
+    if not stages and not study:
         raise UserError(
             f"{folder}: no stage has written anything here; expected {', '.join(f'{name}/' for name in STAGES)} with "
             "metrics.jsonl. Give the folder of a run (runs/<name>), and run at least one stage first."
@@ -140,6 +144,7 @@ def read_run(folder: Path) -> Run:
         results=_read_object(folder / "evaluate" / "results.json") or {},
         parts=_read_object(folder / "parts.json") or {},
         alignment=_read_alignment(folder / "evaluate"),
+        study=study,
     )
 
 

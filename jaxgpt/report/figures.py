@@ -41,6 +41,7 @@ def report_figures(run: Run) -> dict[str, Any]:
         "warnings": {name: [dict(told) for told in stage.warnings] for name, stage in stages.items() if stage.warnings},
         "base": _base(run.results),
         "alignment": list(run.alignment) or None,
+        "overopt": dict(run.study),
         "exact_prompts": run.results.get("exact_prompts"),
         "seconds": sum(seconds.values()) if seconds else None,
         "seconds_by_stage": seconds,

@@ -19,6 +19,7 @@ from jaxgpt.report.collect import Run, read_run
 from jaxgpt.report.figures import TITLES, report_figures
 from jaxgpt.report.judged import margins
 from jaxgpt.report.stages import stage_view
+from jaxgpt.report.study import study_view
 from jaxgpt.runs import ALIGNED
 
 SAMPLE_TITLES = {
@@ -71,6 +72,7 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         reward_kinds=figures.get("reward", {}).get("by_kind") or {},
         reward_pairs=figures.get("reward", {}).get("pairs_by_kind"),
         alignment=alignment_view(figures.get("alignment", ())),
+        study=study_view(run.study),
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
@@ -159,9 +161,12 @@ def _highlights(figures: Mapping[str, Any]) -> list[dict[str, str]]:
         elif "gold_after" not in found and found.get("score_end") is not None:
             note = f"{numbers.decimal(found['score_start'])} in the first rollouts"
             add(title, numbers.decimal(found["score_end"]), "score in the last rollouts", note)
+        elif "gold_after" not in found and found.get("heldout_accuracy") is not None:
+            add(title, numbers.percent(found["heldout_accuracy"], 1), "of held-out pairs put right")
     if warnings := figures.get("warnings"):
         note = ", ".join(f"{TITLES[name]} {len(told)}" for name, told in warnings.items())
-        add("Health", str(sum(map(len, warnings.values()))), "warnings", note)
+        told = sum(map(len, warnings.values()))
+        add("Health", str(told), "warnings" if told > 1 else "warning", note)
     return tiles
 
 

@@ -226,12 +226,17 @@ def learnable(
 ) -> tuple[Estimated, jax.Array]:
     """What a stage learns from in measured and judged episodes, and each one's KL from the reference, nats [B]."""
     with jax.numpy_dtype_promotion("strict"):
-        raw_B, most = scores["total"], config.reward_clip
-        raw_B = raw_B if most is None else jnp.clip(raw_B, -most, most)
-        scores_B = missing_eos(raw_B, measured["ended"], config.missing_eos.how, config.missing_eos.value)
+        scores_B = reward(config, scores["total"], measured["ended"])
         found = estimate(measured, scores_B, extras)
         figures = objective_figures(measured, scores_B) | score_figures(scores)
         return found._replace(figures=figures | found.figures), reference_kl(measured)
+
+
+def reward(config: RolloutConfig, scores_B: jax.Array, ended_B: jax.Array) -> jax.Array:
+    """What a stage makes of scores [B]: clipped, and by its rule for responses that never end."""
+    most, missing = config.reward_clip, config.missing_eos
+    scores_B = scores_B if most is None else jnp.clip(scores_B, -most, most)
+    return missing_eos(scores_B, ended_B, missing.how, missing.value)
 
 
 def respond(

@@ -12,10 +12,10 @@ from random import Random
 import pytest
 
 from jaxgpt.config.schema import MeadowConfig
+from jaxgpt.data.labels import ranks
 from jaxgpt.data.meadow import gold_score
 from jaxgpt.data.meadow.facts import ANIMALS, ATTRIBUTES, FACTS, VALUES
 from jaxgpt.data.meadow.files import FILES
-from jaxgpt.data.meadow.responses import ranks
 from jaxgpt.data.meadow.sources import WEIGHTS, document_counts, documents
 from jaxgpt.data.meadow.stories import HAPPY_ENDINGS, SAD_ENDINGS, story
 from jaxgpt.data.meadow.tasks import KINDS, all_tasks

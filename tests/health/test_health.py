@@ -155,7 +155,7 @@ def preference_lines(chosen, margin):
 
 
 def test_dpo_that_makes_both_responses_unlikely_is_told():
-    (notice,) = told(preference_lines(rising(0.0, -0.02, 0), rising(0.0, 0.03, 0)))
+    (notice,) = told(preference_lines(rising(0.0, -0.02, 0), rising(0.0, 0.015, 0)))
     assert notice.warning == "chosen"
     assert "their log-probability went from -42.1 to -46.1" in notice.text and "dpo.sft_coef" in notice.text
     assert told(preference_lines(rising(0.0, 0.01, 0), rising(0.0, 0.03, 0))) == []

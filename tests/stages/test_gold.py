@@ -46,7 +46,7 @@ def test_the_start_ties_with_itself(at_first):
     assert at_first["gold"] == at_first["gold_start"]
     assert (at_first["win_rate"], at_first["win_rate_error"], at_first["kl"]) == (0.5, 0.0, 0.0)
     assert list(at_first) == [
-        "gold", "gold_error", "gold_start", "win_rate", "win_rate_error", "kl", "length", "eos_rate",
+        "gold", "gold_error", "gold_start", "win_rate", "win_rate_error", "score", "kl", "length", "eos_rate",
     ]  # fmt: skip
     longest = config(runs=".").ppo.response_length
     assert 1.0 <= at_first["length"] <= longest and 0.0 <= at_first["eos_rate"] <= 1.0

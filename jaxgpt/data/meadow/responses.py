@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-from itertools import pairwise
 from random import Random
 
+from jaxgpt.data.labels import ranks
 from jaxgpt.data.meadow.facts import (
     ANIMALS,
     ATTRIBUTES,
@@ -48,15 +48,6 @@ def candidates(rng: Random, task: Task, count: int) -> list[str]:
             chosen.append(response)
     rng.shuffle(chosen)
     return chosen
-
-
-def ranks(scores: list[float], tie: float) -> list[int]:
-    """Ranks of scores, 1 the best; one that is within `tie` of the next better shares its rank."""
-    order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    found = [1] * len(scores)
-    for place, (better, worse) in enumerate(pairwise(order), start=2):
-        found[worse] = found[better] if scores[better] - scores[worse] <= tie else place
-    return found
 
 
 def noisy_ranks(rng: Random, task: Task, responses: list[str], noise: float) -> list[int]:
