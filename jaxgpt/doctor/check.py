@@ -56,8 +56,8 @@ def show(console: Console, check: Check) -> None:
     """Prints a check: a line, and on a terminal what to change below it."""
     mark = {True: "ok", False: "FAIL", None: "--"}[check.holds]
     bar = f"  ({check.bar})" if check.bar else ""
-    line = Text(f"{mark:<{INDENT}}", style={"ok": "green", "FAIL": "bold red", "--": "dim"}[mark])
-    line.append(f"{check.name:<{NAME}} ", style="")
+    line = Text().append(f"{mark:<{INDENT}}", style={"ok": "green", "FAIL": "bold red", "--": "dim"}[mark])
+    line.append(f"{check.name:<{NAME}} ")
     line.append(check.figure, style="bold")
     line.append(bar, style="dim")
     told = "" if check.holds else check.change

@@ -19,18 +19,19 @@ from jaxgpt.train.step import Batch, make_step
 RANDOM_WITHIN = 1.0
 """Nats that a language model's first loss may be from log(vocabulary)."""
 FRESH_WITHIN = 1.0
-"""Nats that a reward model's first loss may be from log 2."""
+"""Nats that a reward model's first loss may be from that of equal scores, log 2 for pairs."""
 
 
-def first_figures(trial: Trial) -> dict[str, float]:
-    """The loss's own metrics on the first batch, before any update."""
+def first_figures(trial: Trial, *others: Params) -> list[dict[str, float]]:
+    """The loss's own metrics on the first batch, before any update; and with other parameters."""
 
     @jax.jit
     def measure(params: Params, batch: Batch) -> Metrics:
         with jax.numpy_dtype_promotion("strict"):
             return trial.stage.loss(params, batch)[1]
 
-    return {name: float(one.reported) for name, one in measure(trial.params, trial.drawn.batch).items()}
+    found = [measure(params, trial.drawn.batch) for params in (trial.params, *others)]
+    return [{name: float(one.reported) for name, one in figures.items()} for figures in found]
 
 
 def finite(name: str, params: Any) -> Check:
@@ -65,6 +66,17 @@ def still(trial: Trial) -> list[Check]:
             f"something besides the optimizer's rate changes parameters in {trial.name}: a fault of the program",
         ),
     ]  # fmt: skip
+
+
+def reward_loss(trial: Trial) -> Check:
+    """The first loss of a reward model against that of a head that prefers nothing."""
+    equal = {**trial.params, "head_D": jnp.zeros_like(trial.params["head_D"])}
+    first, indifferent = first_figures(trial, equal)
+    return near(
+        "loss at init, nats a prompt", first["loss"], indifferent["loss"], FRESH_WITHIN,
+        "a new head should prefer little: its scores are far too wide; look at the model that reward.init names",
+        "equal scores",
+    )  # fmt: skip
 
 
 def language_loss(trial: Trial, figure: float) -> Check:

@@ -68,7 +68,7 @@ def legend(console: Console) -> None:
     if not console.is_terminal:
         console.print(PLAIN, markup=False, highlight=False)
         return
-    text = Text("Rows: ", style="dim")
+    text = Text("Rows: ")
     for name, style in STYLES.items():
         text.append(name, style=style).append(", ")
     text.append("control and trained", style=f"{STYLES['control']} underline")
@@ -78,6 +78,6 @@ def legend(console: Console) -> None:
 def show(console: Console, where: str, row: Sequence[Run]) -> None:
     """Prints a row with the place it comes from."""
     if console.is_terminal:
-        console.print(Text(f"  {where}  ", style="dim") + coloured(row))
+        console.print(Text().append(f"  {where}  ", style="dim").append_text(coloured(row)))
     else:
         console.print(f"  {where}  {plain(row)}", markup=False, highlight=False)

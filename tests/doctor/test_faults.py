@@ -14,7 +14,7 @@ from small_run import mesh_of, open_run
 
 from jaxgpt.models import transformer
 from jaxgpt.models.heads import language_model
-from jaxgpt.stages import dpo, onpolicy, reward, rollouts, sft
+from jaxgpt.stages import dpo, reward, roles, rollouts, sft
 from jaxgpt.stages.episodes import Actors
 from jaxgpt.train.checkpoint import save_params
 
@@ -84,9 +84,9 @@ def test_a_reward_model_that_sees_its_batch(trained, monkeypatch):
 
 
 def test_a_reference_that_is_not_the_policy(trained, monkeypatch):
-    plain = onpolicy._cast
+    plain = roles._cast
     moved = lambda params, dtype: jax.tree.map(lambda leaf: 1.01 * leaf, plain(params, dtype))  # noqa: E731
-    monkeypatch.setattr(onpolicy, "_cast", moved)
+    monkeypatch.setattr(roles, "_cast", moved)
     found = told(setup(trained, ("ppo",)))
     assert KL <= found.failed <= KL | {"rollout's score - plain score"}
 
