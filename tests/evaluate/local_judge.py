@@ -66,7 +66,8 @@ def handler(judge: LocalJudge) -> type[BaseHTTPRequestHandler]:
                 self._send(404, {"error": "no such path"}, {})
                 return
             with judge.counted():
-                self._send(*judge.answer(body, self.headers.get("Authorization")))
+                found = judge.answer(body, self.headers.get("Authorization"))
+            self._send(*found)
 
         def _send(self, status: int, value: Any, headers: dict[str, str]) -> None:
             body = value if isinstance(value, bytes) else json.dumps(value).encode()
