@@ -287,7 +287,6 @@ def _show(lines: list[str]) -> None:
 
 VERBS = {
     "run": Verb(CONFIG_USAGE, "All that the file describes, data to report; goes on where it was.", _pipeline, ALL),
-    "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
     "prepare": Verb(CONFIG_USAGE, "Make the run's data files.", _pipeline, (*ALWAYS, "prepare"), "prepare"),
     "tokenizer": Verb(CONFIG_USAGE, "Train the tokenizer.", _pipeline, (*ALWAYS, "data", "tokenizer")),
     "pretrain": Verb(CONFIG_USAGE, "Stage 1: predict text.", _pipeline, (*STAGE, "data", "pretrain"), "pretrain"),
@@ -300,6 +299,7 @@ VERBS = {
     "rejection": Verb(
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
+    "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
     "eval": Verb(
         f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN,... best_of=N,... frontier=STAGE,... "
         f"| {CONFIG_USAGE}",
