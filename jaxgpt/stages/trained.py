@@ -58,5 +58,5 @@ def trained(
         frozen=lambda: start()[1],
         whole=lambda params: merge(params, start()[1]),
         beside=lambda params: {ADAPTERS: split(params)[0]},
-        notes=(f"{count(abstract):,} parameters in adapters are trained, {count(rest):,} stay as they are",),
+        notes=(f"adapters: {count(abstract):,} parameters are trained, {count(rest):,} stay as they are",),
     )
