@@ -81,20 +81,20 @@ class Pipeline:
         asked = [name for name in STAGES if getattr(self.config, name) is not None]
         if self.config.evaluate is not None and self.config.evaluate.scorer is not None:
             load_scorer(self.config.evaluate.scorer, "evaluate.scorer")
-        self.stages(asked)
+        self.stages(asked, evaluates=self.config.evaluate is not None)
         if self.config.evaluate is not None:
             self.evaluate()
         page = write_report(self.folder)
         self.console.print(summary_table(self.folder))
         self.console.print(f"report  {page}   ({time.monotonic() - began:.0f} s)", highlight=False)
 
-    def stages(self, names: list[str]) -> None:
-        """Stages in order, with data and tokenizer, once nothing speaks against any of them."""
+    def stages(self, names: list[str], evaluates: bool = False) -> None:
+        """Stages in order, with data and tokenizer, once nothing speaks against any of them, nor against evaluating."""
         self.check(names)
         self.prepare()
         tokenizer = self.tokenizer()
         self.check_recorded(names, tokenizer)
-        self.check_records(names, tokenizer)
+        self.check_records(names, tokenizer, evaluates)
         for name in names:
             self.stage(name)
 
@@ -116,14 +116,14 @@ class Pipeline:
         if problems:
             raise ConfigError(problems)
 
-    def check_records(self, names: list[str], tokenizer: Tokenizer) -> None:
+    def check_records(self, names: list[str], tokenizer: Tokenizer, evaluates: bool) -> None:
         """Reads the records of the stages still to come, so that a bad one is told before anything is trained."""
         mesh = make_mesh(self.config.mesh)
         run = Run.open(self.config, tokenizer, mesh)
         for name in names:
             if name in LOAD and not (self.folder / name / "done.json").exists():
                 LOAD[name](run, getattr(self.config, name))
-        if self.config.evaluate is not None:
+        if evaluates and self.config.evaluate is not None:
             read_prompts(self.config, self.config.evaluate, tokenizer, self.config.model.context)
 
     def check_recorded(self, names: list[str], tokenizer: Tokenizer) -> None:

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 from tiny_run import CONFIG, load_once, make_run
 
-from jaxgpt.config.schema import Config, MeshConfig
+from jaxgpt.config.schema import Config, MeshConfig, ModelConfig, ProxyConfig
 from jaxgpt.errors import UserError
 from jaxgpt.evaluate.formulas import best_of_n
 from jaxgpt.evaluate.laws import fit
@@ -210,3 +210,17 @@ def test_gold_may_be_a_reward_model(tmp_path):
         np.testing.assert_allclose(line["gold"], judge.score_tokens(rows), atol=1e-5)
     measured = results(made)["proxies"]["only"]["ppo"]["points"]
     assert [point["step"] for point in measured] == [0, 1, 2, 3] and all(np.isfinite(p["gold"]) for p in measured)
+
+
+def test_a_proxy_is_the_policy_in_another_size():
+    policy = ModelConfig(
+        width=64, attention={"heads": 4, "kv_heads": 2, "head_dim": 8}, mlp={"width": 100}, norm={"type": "layernorm"}
+    )
+    assert ProxyConfig(labels=5).model(policy) == policy and not ProxyConfig(labels=5).resized
+    assert ProxyConfig(layers=1).model(policy) == policy.model_copy(update={"layers": 1})
+    narrow = ProxyConfig(width=32).model(policy)
+    assert (narrow.head_dim, narrow.kv_heads, narrow.mlp.width, narrow.norm) == (8, 2, None, policy.norm)
+    assert ProxyConfig(width=32, heads=2, hidden=48).model(policy).kv_heads == 2
+    assert ProxyConfig(width=32, hidden=48).model(policy).hidden == 48
+    with pytest.raises(ValueError, match="width 60 is not a multiple of heads 8"):
+        ProxyConfig(width=60, heads=8).model(policy)

@@ -181,3 +181,46 @@ def test_adapters_need_a_matrix_a_rank_that_fits_and_a_model_that_is_trained():
         "sft.lora: there is no trained model to adapt; set sft.init, or train whole with sft.lora=null"
     ]
     assert problems("run", "sft.lora={}", "ppo.lora={targets: [up, gate, down]}") == []
+
+
+STUDY = """
+overopt:
+  gold: {type: function, function: "jaxgpt.data.meadow:gold_score"}
+  data: {path: "{run}/data/prompts.jsonl", eval_path: "{run}/data/prompts_eval.jsonl"}
+  proxies: {small: {width: 32}}
+  reward: {context: 64}
+  ppo: {prompt_length: 16, response_length: 40}
+"""
+
+
+def test_a_study_asks_for_its_files_and_those_of_the_stages_it_comes_from():
+    Path("run.yaml").write_text(RUN + STUDY)
+    assert problems("overopt") == problems("config") == []
+    lacking = problems("overopt", "prepare=null")
+    assert [line.partition(" ")[0].removesuffix(":") for line in lacking] == [
+        "tokenizer.path_text", "data.path", "sft.data.path", "overopt.data.path", "overopt.data.eval_path",
+    ]  # fmt: skip
+
+
+def test_sizes_and_rows_of_a_study_are_told_beforehand():
+    Path("run.yaml").write_text(RUN + STUDY)
+    words = ("overopt.proxies.small.heads=3", "overopt.reward.context=56", "overopt.ppo.response_length=49")
+    assert problems("overopt", *words) == [
+        "overopt.proxies.small: width 32 is not a multiple of heads 3, its own or the policy's",
+        "overopt.ppo.prompt_length (set by run.yaml:18) + overopt.ppo.response_length (set by "
+        "'overopt.ppo.response_length=49'): found 65, expected at most model.context, which is 64",
+        "overopt.reward.context (set by 'overopt.reward.context=56'): found 56, expected more than "
+        "overopt.ppo.prompt_length (set by run.yaml:18) + overopt.ppo.response_length (set by "
+        "'overopt.ppo.response_length=49'), 65: room for a prompt, a response and its end",
+    ]
+
+
+def test_what_a_study_sets_itself_is_refused():
+    Path("run.yaml").write_text(RUN + STUDY)
+    found = problems("overopt", "overopt.ppo.init=sft")
+    assert found == [
+        "overopt: ppo.init is set, and the study has its own; leave it out (ppo.init is set by 'overopt.ppo.init=sft')"
+    ]
+    assert problems("overopt", "overopt.samples=4") == [
+        "overopt: best_of goes up to 256, and samples is 4 (samples is set by 'overopt.samples=4')"
+    ]
