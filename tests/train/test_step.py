@@ -9,7 +9,7 @@ import optax
 import pytest
 from toy import ROWS, TX, init, loss, mesh_of, rows, state_on
 
-from jaxgpt.config.schema import AttentionConfig, MlpConfig, ModelConfig, OptimizerConfig, PpoConfig
+from jaxgpt.config.schema import AttentionConfig, MlpConfig, ModelConfig, OptimizerConfig, PpoConfig, RewardConfig
 from jaxgpt.losses import Ratio
 from jaxgpt.mesh import put_batch
 from jaxgpt.models.heads import language_model, scalar_model
@@ -46,6 +46,7 @@ def batch_of(name: str, seed: int) -> dict[str, np.ndarray]:
             "tokens": rng.integers(0, VOCAB, (B, K, T)).astype(np.int32),
             "lengths": lengths,
             "ranks": np.tile(np.array([2, 1], np.int32), (B, 1)),
+            "margin": np.zeros(B, np.float32),
         }
     n = PPO.response_length
     drawn = {key: rng.standard_normal((B, n)).astype(np.float32) for key in ("advantages", "values", "returns")}
@@ -80,7 +81,7 @@ def trained(name: str, shape: tuple[int, int, int], accumulate: int):
         actors = Actors(lm, lm, Critic(scalar), PPO.prompt_length, PPO.temperature)
         nets, function, tx = {
             "next_token": (lm, language_loss(lm), one),
-            "ranking": (scalar, ranking_loss(scalar), one),
+            "ranking": (scalar, ranking_loss(RewardConfig(), scalar), one),
             "ppo": ({"policy": lm, "value": scalar}, ppo_loss(PPO, actors), by_part({"policy": one, "value": one})),
         }[name]
         shapes = {part: net.abstract for part, net in nets.items()} if isinstance(nets, dict) else nets.abstract
