@@ -17,7 +17,7 @@ import pytest
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo")
 CONFIG = """
 name: small
-prepare: {documents: 300, instructions: 60, rankings: 40, prompts: 40, held_out: 16}
+prepare: {type: meadow, documents: 300, instructions: 60, rankings: 40, prompts: 40, held_out: 16}
 data:
   val_fraction: 0.05
   sources:

@@ -17,7 +17,7 @@ from jaxgpt.config.load import load
 CONFIG = """
 name: small
 runs: {runs}
-prepare: {{documents: 400, instructions: 80, rankings: 40, prompts: 40, held_out: 16}}
+prepare: {{type: meadow, documents: 400, instructions: 80, rankings: 40, prompts: 40, held_out: 16}}
 data:
   val_fraction: 0.05
   sources:
