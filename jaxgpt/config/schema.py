@@ -346,7 +346,7 @@ class ArithmeticConfig(Section):
     """Pretraining documents."""
     instructions: Count = 6_000
     """Prompt/response pairs for fine-tuning."""
-    at_once: Share = 0.6
+    at_once: Share = 0.7
     """Share of them that give the answer without working it out; of the stories half as many."""
     careless: Share = 0.15
     """Share of them that are worked out with a slip, unfinished, or with another number at the end."""
