@@ -57,6 +57,8 @@ def import_folder(folder: Path, wanted: Import) -> int:
         home = part / IMPORTED
         home.mkdir()
         meta = {"kind": foreign.kind, "model": model, "vocab": vocab, "tokenizer": tokenizer.hash}
+        if foreign.kind == "scalar":
+            meta |= {"normalization": {"gain": foreign.gain}}
         mark = save_params(home / "params", params, meta)
         (home / "config.yaml").write_text(yaml.safe_dump({"from": str(folder), "model": model}, sort_keys=False))
         tokenizer.save(part / "tokenizer")
@@ -93,6 +95,7 @@ def export(run: Path, folder: Path, wanted: Export) -> int:
             model.tokenizer,
             DTYPES[wanted.dtype],
             int(wanted.shard_gb * 1e9),
+            model.gain,
         )
     size = sum(file.stat().st_size for file in folder.iterdir())
     name = family.causal if model.kind == "language" else family.classifier

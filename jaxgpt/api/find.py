@@ -87,6 +87,7 @@ def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:
         tokenizer,
         devices,
         lambda target: read_params(found, target),
+        found.gain,
     )
 
 

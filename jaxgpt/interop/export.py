@@ -38,10 +38,17 @@ def choose_family(model: ModelConfig, kind: str) -> Family:
 
 
 def write_folder(
-    folder: Path, kind: str, model: ModelConfig, params: Params, tokenizer: Tokenizer, dtype: str, largest: int
+    folder: Path,
+    kind: str,
+    model: ModelConfig,
+    params: Params,
+    tokenizer: Tokenizer,
+    dtype: str,
+    largest: int,
+    gain: float = 1.0,
 ) -> Family:
     """Writes the folder, whole or not at all. `model` has its vocabulary set; `dtype` is "F32" or "BF16"; `largest` is
-    the size of one file of weights, in bytes.
+    the size of one file of weights, in bytes; `gain` is what a reward model's scores were multiplied by.
 
     Raises UserError where transformers has no class for the model, or would tokenize differently.
     """
@@ -54,7 +61,8 @@ def write_folder(
     with whole(folder) as part:
         for name, content in files.items():
             (part / name).write_bytes(content)
-        write_json(part / CONFIG, _config(family, kind, model, params, tokenizer, dtype))
+        config = _config(family, kind, model, params, tokenizer, dtype)
+        write_json(part / CONFIG, config | ({"score_gain": gain} if kind == "scalar" else {}))
         if kind == "language":
             write_json(part / "generation_config.json", _ids(tokenizer))
         (part / CARD).write_text(_card(family, kind, params, tokenizer), encoding="utf-8")
@@ -123,7 +131,8 @@ def _card(family: Family, kind: str, params: Params, tokenizer: Tokenizer) -> st
     if kind == "scalar":
         lines += [
             f"Its score is `model(**batch).logits[:, 0] + model.config.score_bias`: transformers' classifiers have no "
-            f"bias, and the reward model has {float(params[OFFSET]):.6g}.",
+            f"bias, and the reward model has {float(params[OFFSET]):.6g}. It takes a response of score a to be better "
+            "than one of score b with probability sigmoid((a - b) / config.score_gain).",
             "",
         ]
     lines += [

@@ -57,6 +57,11 @@ class Foreign:
         return cls(path, config, family, family.model(config, where), kind)
 
     @property
+    def gain(self) -> float:
+        """What a reward model's scores were multiplied by after training; 1 where that is not told."""
+        return float(self.config.get("score_gain", 1.0))
+
+    @property
     def sections(self) -> Sections:
         """The sections `model` and `tokenizer` of a run that starts from here."""
         model = self.model.model_dump(mode="json", exclude=set(NOT_ARCHITECTURE))

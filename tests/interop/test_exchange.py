@@ -119,16 +119,19 @@ def test_scores_are_those_of_transformers(run, folders):
     assert np.ptp(ours) > 0.1 and np.abs(ours - theirs).max() < 1e-5
 
 
-def test_a_reward_bias_survives_and_is_told(run, folders, tmp_path, capsys):
+def test_a_reward_models_bias_and_gain_survive_and_are_told(run, folders, tmp_path, capsys):
     reward = load_once(run / "reward")
     shifted = {**reward.params, "bias": reward.params["bias"] + 1.25}
     with jax.set_mesh(reward.mesh):
         config = reward.config.model_copy(update={"vocab": reward.vocab})
-        write_folder(tmp_path / "shifted", "scalar", config, shifted, reward.tokenizer, "F32", 10**9)
+        write_folder(tmp_path / "shifted", "scalar", config, shifted, reward.tokenizer, "F32", 10**9, gain=0.25)
     back = jaxgpt.load(f"hf:{tmp_path / 'shifted'}")
     chat = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Me."}]
     assert back.score(chat) == pytest.approx(reward.score(chat) + 1.25, abs=1e-6)
-    assert "config.score_bias" in (tmp_path / "shifted" / "README.md").read_text()
+    card = (tmp_path / "shifted" / "README.md").read_text()
+    assert "config.score_bias" in card and "config.score_gain" in card
+    import_folder(tmp_path / "shifted", Import(out=str(tmp_path / "out")))
+    assert (reward.gain, back.gain, jaxgpt.load(tmp_path / "out").gain) == (1.0, 0.25, 0.25)
 
 
 def test_nothing_half_written_remains(run, folders, tmp_path):
