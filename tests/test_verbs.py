@@ -162,9 +162,9 @@ ppo:
     [
         ("sft", ["sft.init=hf:hf/sft"]),
         ("reward", ["reward.init=hf:hf/sft"]),
-        ("ppo", ["ppo.init=hf:hf/sft", "ppo.reward=hf:hf/reward"]),
+        ("ppo", ["ppo.init=hf:hf/sft", "ppo.rewards=[{type: model, models: hf:hf/reward}]"]),
         ("sft", ["sft.init=runs/back"]),
-        ("ppo", ["ppo.init=runs/back", "ppo.reward=runs/small"]),
+        ("ppo", ["ppo.init=runs/back", "ppo.rewards=[{type: model, models: runs/small}]"]),
     ],
 )
 def test_every_stage_starts_from_a_model_that_came_from_elsewhere(home: Path, stage: str, starts: list[str]) -> None:

@@ -155,16 +155,19 @@ class Rollouts:
             rounds.append((self._join(tuple(parts)), self._join(tuple(scores))))
             if self.rounds == 1:
                 return rounds[0]
-            total_PG = np.asarray(rounds[-1][1]["total"]).reshape(groups, -1)
-            full += int(np.sum(np.ptp(total_PG, axis=1) > 0))
+            full += int(np.sum(self._varied(*rounds[-1])))
             if full >= groups:
                 break
         episodes, scores = self._join(tuple(e for e, _ in rounds)), self._join(tuple(s for _, s in rounds))
-        varied = np.ptp(np.asarray(scores["total"]).reshape(-1, self.config.responses), axis=1) > 0
-        chosen = np.argsort(~varied, kind="stable")[:groups]  # those of equal scores only where others lack
+        chosen = np.argsort(~self._varied(episodes, scores), kind="stable")[:groups]  # equal scores where others lack
         rows = (np.sort(chosen)[:, None] * self.config.responses + np.arange(self.config.responses)).reshape(-1)
         rows = jax.device_put(rows.astype(np.int32), P())
         return self._pick(episodes, rows), self._pick(scores, rows)
+
+    def _varied(self, episodes: Batch, scores: Scores) -> np.ndarray:
+        """Which groups have different rewards, [P] bool."""
+        rewards_B = reward(self.config, scores["total"], episodes["ended"])
+        return np.ptp(np.asarray(rewards_B).reshape(-1, self.config.responses), axis=1) > 0
 
     def _prompts(self, number: int) -> Iterator[dict[str, np.ndarray]]:
         """The prompts of a rollout, each as often as it is answered, in chunks of similar lengths; this host's rows."""

@@ -132,9 +132,17 @@ def test_groups_of_equal_scores_make_room_for_others(home, mesh):
     """Where most responses end, or do not, alike, further rounds replace the groups that teach nothing."""
     found = {}
     for further in (0, 3):
-        rewards = [{"type": "length", "target": 6}]
+        rewards = [{"type": "regex", "pattern": "[a-f]"}]
         c = config(
-            home, grpo={"episodes": 16, "responses": 2, "batch": 16, "rewards": rewards, "dynamic_sampling": further}
+            home,
+            grpo={
+                "episodes": 16,
+                "responses": 2,
+                "batch": 16,
+                "rewards": rewards,
+                "dynamic_sampling": further,
+                "temperature": 4.0,
+            },
         )
         with jax.set_mesh(mesh):
             stage = grpo.stage(open_run(c, mesh), c.grpo)
