@@ -44,6 +44,7 @@ OPTIMIZER = {"lr": 1e-3, "schedule": "linear", "warmup": 0.0, "final": 1 / STEPS
 """The last rate is 1/20 of the first: so falls TRL's, whose line ends at 0 one step later."""
 STEADY = {**OPTIMIZER, "schedule": "constant"}
 PRESET = yaml.safe_load((Path(__file__).parents[2] / "configs/ppo/trl.yaml").read_text())
+PPO_OPTIMIZER = {**PRESET["optimizer"], **STEADY}
 DISCOUNT = 0.99
 """In place of the preset's 1, so that it counts."""
 GRADED = [{"type": "function", "function": "trl_reward:score"}]
@@ -146,7 +147,7 @@ class Ours:
             "reward": {**rows, "data": {"path": "{run}/pairs.jsonl"}},
             "dpo": {**rows, "data": {"path": "{run}/pairs.jsonl"}, "init": "sft"},
             "grpo": {**asked, "responses": 4, "missing_eos": {"how": "keep"}, "rewards": GRADED},
-            "ppo": {**PRESET, **asked, "gamma": DISCOUNT, "optimizer": {**PRESET["optimizer"], **STEADY}},
+            "ppo": {**PRESET, **asked, "gamma": DISCOUNT, "optimizer": PPO_OPTIMIZER},
         }
         for name, values in changes.items():
             sections[name] = sections[name] | values

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from our_side import DISCOUNT, OPTIMIZER, PRESET, STEADY, STEPS, UPDATES, Ours
+from our_side import DISCOUNT, OPTIMIZER, PPO_OPTIMIZER, PRESET, STEADY, STEPS, UPDATES, Ours
 
 pytestmark = pytest.mark.peers
 SIDE = Path(__file__).with_name("trl_side.py")
@@ -201,7 +201,7 @@ def ppo(trl_ppo: str, ours: Ours, tmp_path_factory: pytest.TempPathFactory) -> d
         asked, answers = ours.episodes(batch, PROMPT)
         own.append((reports, batch, {key: float(value) for key, value in figures.items()}, answers))
         jobs.append(job(
-            "ppo", STEADY, steps=updates, batch=16, model=ours.exported("dpo"), reference=ours.exported("sft"),
+            "ppo", PPO_OPTIMIZER, steps=updates, batch=16, model=ours.exported("dpo"), reference=ours.exported("sft"),
             reward=ours.exported("reward"), prompts=asked, completions=answers, longest=12, temperature=0.9,
             missing_eos=PRESET["missing_eos"]["value"], kl_coef=PRESET["kl"]["coef"], kl_estimator="k1",
             clip_low=PRESET["clip"], value_clip=PRESET["value_clip"],
