@@ -48,6 +48,11 @@ ppo:
   prompt_length: 40
   response_length: 8
   data: {{path: "{{run}}/data/prompts.jsonl"}}
+dpo:
+  steps: 2
+  batch: 8
+  context: 160
+  data: {{path: "{{run}}/data/rankings.jsonl", eval_path: "{{run}}/data/rankings_eval.jsonl"}}
 evaluate:
   data: {{path: "{{run}}/data/prompts_eval.jsonl"}}
   scorer: jaxgpt.data.meadow:gold_score
@@ -89,7 +94,7 @@ def test_a_stage_before_its_parent_is_refused_with_what_to_do(home: Path) -> Non
     assert "pretrain" in found.stderr and "has no finished result" in found.stderr and "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 4), ("sft", 3), ("reward", 2), ("ppo", 2)])
+@pytest.mark.parametrize(("stage", "steps"), [("pretrain", 4), ("sft", 3), ("reward", 2), ("ppo", 2), ("dpo", 2)])
 def test_each_stage_runs_alone_and_is_not_run_twice(home: Path, stage: str, steps: int) -> None:
     found = jaxgpt(home, stage, "small.yaml")
     assert found.returncode == 0, found.stderr
@@ -106,18 +111,20 @@ def test_eval_and_report_read_what_was_trained(home: Path) -> None:
     found = jaxgpt(home, "eval", "small.yaml")
     assert found.returncode == 0, found.stderr
     results = json.loads((home / "runs/small/evaluate/results.json").read_text())
-    assert set(results["stages"]) >= {"sft", "ppo"} and 0.0 <= results["stages"]["ppo"]["win_rate_vs_sft"] <= 1.0
+    assert set(results["stages"]) >= {"sft", "ppo", "dpo"} and 0.0 <= results["stages"]["ppo"]["win_rate_vs_sft"] <= 1.0
     found = jaxgpt(home, "report", "runs/small")
     assert found.returncode == 0 and (home / "runs/small/report.html").is_file(), found.stderr
     report = json.loads((home / "runs/small/report.json").read_text())
-    assert report["ppo"]["gold_after"] == results["stages"]["ppo"]["gold"]
+    for stage in ("ppo", "dpo"):
+        assert report[stage]["gold_after"] == results["stages"][stage]["gold"]
+    assert 0.0 <= report["dpo"]["heldout_accuracy"] <= 1.0
     assert report["reward"]["heldout_accuracy"] == results["reward"]["accuracy"]
 
 
 def test_run_finds_everything_finished_and_ends_with_a_table(home: Path) -> None:
     found = jaxgpt(home, "run", "small.yaml")
     assert found.returncode == 0, found.stderr
-    for part in ("pretrain", "sft", "reward", "ppo", "evaluate"):
+    for part in ("pretrain", "sft", "reward", "ppo", "dpo", "evaluate"):
         assert f"{part}  finished" in found.stdout
     assert "report.html" in found.stdout
 
@@ -125,7 +132,7 @@ def test_run_finds_everything_finished_and_ends_with_a_table(home: Path) -> None
 def test_sample_and_chat_speak_with_a_finished_stage(home: Path) -> None:
     found = jaxgpt(home, "sample", "runs/small/pretrain", "The fox", "--max-tokens", "4", "--temperature", "0")
     assert found.returncode == 0 and found.stdout.startswith("The fox"), found.stderr
-    found = jaxgpt(home, "chat", "runs/small", "--max-tokens", "4", stdin="Hello!\n/reset\nWho are you?\n/exit\n")
+    found = jaxgpt(home, "chat", "runs/small", "--max-tokens", "4", stdin="Hello!\n/stage dpo\nWho are you?\n/exit\n")
     assert found.returncode == 0, found.stderr
 
 
