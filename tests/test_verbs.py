@@ -341,7 +341,7 @@ def test_work_that_cannot_be_gone_on_with_is_told_before_anything_is_trained(hom
     shutil.rmtree(home / "runs/small/pretrain")
     found = jaxgpt(home, "run", "small.yaml", "pretrain.steps=3")
     assert found.returncode == 2 and "Traceback" not in found.stderr
-    folders = ", ".join(str(home / "runs/small" / name) for name in ("sft", "reward", "ppo"))
+    folders = ", ".join(str(home / "runs/small" / name) for name in ("sft", "reward", "ppo", "dpo"))
     assert f"{folders} were made with other inputs; use another name=..., or remove those folders:" in found.stderr
     assert "\n  sft was made from pretrain as it was before\n" in found.stderr
     assert not (home / "runs/small/pretrain").exists()
