@@ -1,29 +1,62 @@
-"""The device mesh: three named axes that always exist, so that no other code asks how many devices there are.
+"""The device mesh: four named axes that always exist, so that no other code asks how many devices there are.
 
-`data` and `fsdp` split the batch, `fsdp` also splits parameters, `tensor` splits heads, feed-forward width and
-vocabulary. Axis types are Explicit: every array's sharding is part of its type.
+`data` and `fsdp` split the batch, `context` splits the sequence, `fsdp` and `context` also split parameters at rest,
+`tensor` splits heads, feed-forward width and vocabulary. Axis types are Explicit: every array's sharding is part of its
+type.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax import P
-from jax.sharding import NamedSharding
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, NamedSharding
 
 from jaxgpt.config.schema import MeshConfig, ModelConfig
 from jaxgpt.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")
+AXES = ("data", "fsdp", "context", "tensor")
+Axes = tuple[str, ...]
+LAYOUT: Mapping[str, Axes] = {
+    "rows": ("data", "fsdp"),
+    "time": ("context",),  # in attention, feed-forward and head
+    "stream": ("context", "tensor"),  # the time of the residual stream, between sub-layers
+    "width": ("fsdp", "context"),  # of parameters at rest; joined where they are used
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "hidden": ("tensor",),
+    "vocab": ("tensor",),
+}
+"""The mesh axes that split each dimension, of activations (the first three) and of parameters."""
+BATCH = LAYOUT["rows"]
 """The mesh axes that the batch dimension is split over."""
+TIME, STREAM = LAYOUT["time"], LAYOUT["stream"]
 
 
-def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
-    """Sizes of (data, fsdp, tensor) on that many devices.
+def spec_axes(x: jax.Array, dimension: int) -> Axes:
+    """The mesh axes that split a dimension of an array."""
+    axes = jax.typeof(x).sharding.spec[dimension]
+    return (axes,) if isinstance(axes, str) else tuple(axes or ())
+
+
+def axis_size(*axes: str) -> int:
+    """Along how many devices the axes of the mesh in use go."""
+    return math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in axes)
+
+
+def platform() -> str:
+    """What the mesh in use is made of: cpu, gpu or tpu. Not always what this machine has: a program can be compiled
+    for another."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int, int]:
+    """Sizes of (data, fsdp, context, tensor) on that many devices.
 
     Raises UserError where the axes ask for more devices than there are, or auto leaves a remainder.
     """
@@ -38,14 +71,30 @@ def mesh_shape(config: MeshConfig, devices: int) -> tuple[int, int, int]:
     if "auto" in sizes.values() and devices % fixed:
         good = ", ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
         raise UserError(f"{asked}: {devices} devices do not divide by {fixed}; the fixed axes may multiply to {good}")
-    data, fsdp, tensor = (devices // fixed if size == "auto" else size for size in sizes.values())
-    return data, fsdp, tensor
+    data, fsdp, context, tensor = (devices // fixed if size == "auto" else size for size in sizes.values())
+    return data, fsdp, context, tensor
 
 
-def make_mesh(config: MeshConfig) -> jax.sharding.Mesh:
-    """The mesh over all (or, with fixed sizes, the first) devices."""
-    shape = mesh_shape(config, jax.device_count())
-    return jax.make_mesh(shape, AXES, devices=jax.devices()[: math.prod(shape)])
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+    """The mesh over all (or, with fixed sizes, the first) of the devices, by default this run's.
+
+    Where these are slices of a TPU that a slower network joins, `data` goes across slices and nothing else does.
+    Raises UserError where `data` cannot.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    used = list(devices)[: math.prod(shape)]
+    slices = len({getattr(device, "slice_index", 0) for device in used})
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, devices=used)
+    if shape[0] % slices:
+        raise UserError(
+            f"mesh.data={shape[0]}: the devices are {slices} slices, and data alone goes from one to another; use a "
+            f"multiple of {slices}"
+        )
+    inside, across = (shape[0] // slices, *shape[1:]), (slices, 1, 1, 1)
+    laid = mesh_utils.create_hybrid_device_mesh(inside, across, used)
+    return jax.sharding.Mesh(laid, AXES, axis_types=(AxisType.Explicit,) * len(AXES))
 
 
 def check_batch(mesh: jax.sharding.Mesh, rows: int, name: str) -> None:
@@ -59,21 +108,32 @@ def check_batch(mesh: jax.sharding.Mesh, rows: int, name: str) -> None:
         )
 
 
+def check_time(mesh: jax.sharding.Mesh, tokens: int, name: str) -> None:
+    """Raises UserError where sequences of `tokens` cannot be cut into two pieces a device along the context axis."""
+    ways = 2 * mesh.shape["context"]
+    if ways > 2 and tokens % ways:
+        near = sorted({max(1, tokens // ways) * ways, -(-tokens // ways) * ways})
+        raise UserError(
+            f"{name}: {tokens} tokens do not divide into the {ways} pieces of mesh.context={mesh.shape['context']} "
+            f"(two for each device); use {' or '.join(map(str, near))}"
+        )
+
+
 def check_model(mesh: jax.sharding.Mesh, model: ModelConfig, vocab: int) -> None:
     """Raises UserError naming every dimension of the model that the mesh does not divide, with values that would."""
-    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+    tensor = mesh.shape["tensor"]
     kv_ways = 1 if model.kv_heads == 1 else tensor
     wanted = [
-        ("model.width", model.width, "fsdp", fsdp),
-        ("model.attention.heads", model.attention.heads, "tensor", tensor),
-        ("model.attention.kv_heads", model.kv_heads, "tensor", kv_ways),
-        ("model.mlp.width", model.hidden, "tensor", tensor),
-        ("model.vocab", vocab, "tensor", tensor),
+        ("model.width", model.width, "mesh.fsdp x mesh.context", mesh.shape["fsdp"] * mesh.shape["context"]),
+        ("model.attention.heads", model.attention.heads, "mesh.tensor", tensor),
+        ("model.attention.kv_heads", model.kv_heads, "mesh.tensor", kv_ways),
+        ("model.mlp.width", model.hidden, "mesh.tensor", tensor),
+        ("model.vocab", vocab, "mesh.tensor", tensor),
     ]
     problems = [
-        f"{name} is {size}, which mesh.{axis}={ways} does not divide; use a multiple of {ways} (such as "
-        f"{-(-size // ways) * ways}) or a mesh.{axis} of {', '.join(str(d) for d in _divisors(size) if d <= ways)}"
-        for name, size, axis, ways in wanted
+        f"{name} is {size}, which {axes}={ways} does not divide; use a multiple of {ways} (such as "
+        f"{-(-size // ways) * ways}) or {axes} of {', '.join(str(d) for d in _divisors(size) if d <= ways)}"
+        for name, size, axes, ways in wanted
         if size % ways
     ]
     if problems:
@@ -85,10 +145,10 @@ def _divisors(n: int) -> list[int]:
 
 
 def gather(weight: jax.Array, dtype: jax.typing.DTypeLike | None = None) -> jax.Array:
-    """The weight with its `fsdp` shards joined, cast first; the transpose is the reduce-scatter of its gradient."""
+    """The weight with the shards of its width joined, cast first; the transpose reduce-scatters its gradient."""
     weight = weight if dtype is None else weight.astype(dtype)
-    spec = jax.typeof(weight).sharding.spec
-    return jax.sharding.reshard(weight, P(*(None if axis == "fsdp" else axis for axis in spec)))
+    kept = (tuple(a for a in spec_axes(weight, i) if a not in LAYOUT["width"]) or None for i in range(weight.ndim))
+    return jax.sharding.reshard(weight, P(*kept))
 
 
 def batch_spec(ndim: int) -> P:

@@ -23,5 +23,5 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="session")
 def mesh222():
-    """Two devices along each of data, fsdp and tensor; use as `with jax.set_mesh(mesh222):`."""
-    return jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+    """Two devices along each of data, fsdp and tensor, one along context; use as `with jax.set_mesh(mesh222):`."""
+    return jax.make_mesh((2, 2, 1, 2), ("data", "fsdp", "context", "tensor"))

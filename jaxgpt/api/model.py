@@ -18,7 +18,6 @@ from jaxgpt.data.chat import answer_lead, render
 from jaxgpt.data.conversations import check_messages
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.losses import token_logp
 from jaxgpt.mesh import BATCH, check_model, put_batch
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Params
@@ -283,7 +282,9 @@ class Model:
         return jnp.where(rows["segments"][:, :, None] > 0, logits_BTV, 0.0)
 
     def _token_logprobs(self, params: Params, rows: dict[str, jax.Array], temperature: jax.Array) -> jax.Array:
-        logp_BT = token_logp(self._all_logits(params, rows)[:, :-1], rows["tokens"][:, 1:], temperature)
+        lm = self.net.bind(params)
+        hidden_BTD = lm.hidden(rows["tokens"], rows["segments"], rows["positions"])
+        (logp_BT,) = lm.predicted(hidden_BTD[:, :-1], rows["tokens"][:, 1:], temperature)
         return jnp.pad(jnp.where(rows["segments"][:, 1:] > 0, logp_BT, 0.0), ((0, 0), (1, 0)))
 
     def _prefill(self, params: Params, rows: dict[str, jax.Array], new: int) -> Decoding:

@@ -62,12 +62,14 @@ class MeshConfig(Section):
     """Copies of the whole model, each on its share of the batch."""
     fsdp: Count | Literal["auto"] = "auto"
     """Shards of the parameters and of the batch; auto takes the devices that are left."""
+    context: Count | Literal["auto"] = 1
+    """Shards of each sequence, for long ones; parameters are split over them too."""
     tensor: Count | Literal["auto"] = 1
     """Shards of heads, feed-forward width and vocabulary."""
 
     @model_validator(mode="after")
     def _one_auto(self) -> MeshConfig:
-        if [self.data, self.fsdp, self.tensor].count("auto") > 1:
+        if [self.data, self.fsdp, self.context, self.tensor].count("auto") > 1:
             raise ValueError("only one axis can be auto")
         return self
 
@@ -173,6 +175,9 @@ class AttentionConfig(Section):
     """Bound scores smoothly to +-this by tanh (Gemma 2)."""
     scale: Positive | None = None
     """Factor of the scores; unset means head_dim ** -0.5."""
+    kernel: Literal["auto", "reference", "splash"] = "auto"
+    """auto: splash attention on TPUs, cuDNN's on GPUs where it runs, the reference elsewhere; splash away from a TPU is
+    interpreted, which is slow."""
 
 
 class ModelConfig(Section):
@@ -215,8 +220,9 @@ class ModelConfig(Section):
     """Arithmetic of the blocks; parameters, softmax and losses stay float32. auto: bfloat16 on accelerators."""
     scan_layers: bool = True
     """Compile one block and loop over it; false unrolls (longer compile, sometimes faster steps)."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or whole blocks."""
+    remat: Literal["none", "dots", "attention", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products and attention, all but attention, or whole
+    blocks; offload keeps what dots does, in the host's memory."""
 
     @model_validator(mode="after")
     def _fits(self) -> ModelConfig:

@@ -137,7 +137,7 @@ def decoding(trial: Trial, params: Params, ends: tuple[int, ...]) -> Check:
                 "tokens": jnp.concatenate([rows["tokens"], out.tokens_BN], axis=1),
                 "segments": jnp.concatenate([rows["segments"], real_BN.astype(jnp.int32)], axis=1),
             }
-            logp_BN = token_logp(lm.logits(response_hidden(lm, whole, width)), out.tokens_BN)
+            (logp_BN,) = lm.predicted(response_hidden(lm, whole, width), out.tokens_BN)
             return jnp.max(jnp.where(real_BN, jnp.abs(logp_BN - out.logp_BN), 0.0))
 
     figure = float(gap(params, rows, jax.random.key(0)))

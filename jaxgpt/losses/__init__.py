@@ -6,11 +6,12 @@ log-probability, advantage and mask. Losses are to be minimised, in nats where t
 as well. Where published recipes differ, the choice has a name; the default is lm-human-preferences' or InstructGPT's.
 """
 
-from jaxgpt.losses.language import next_token, sequence_logp, token_entropy, token_logp
+from jaxgpt.losses.language import next_token, sequence_logp
 from jaxgpt.losses.policy import kl_penalty, ppo_policy, ppo_value, ratio_gap
 from jaxgpt.losses.preference import DpoKind, dpo
 from jaxgpt.losses.rankings import Ties, Weighting, best_of_k, centring, plackett_luce, ranking
 from jaxgpt.losses.ratio import Aggregation, Largest, Metrics, Ratio, aggregate
+from jaxgpt.models.vocabulary import token_entropy, token_logp
 
 __all__ = [
     "Aggregation",

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, the same for every stage, and the loss of a language model."""
+"""Log-probabilities of responses and the loss of a language model."""
 
 from __future__ import annotations
 
@@ -7,32 +7,6 @@ import jax.numpy as jnp
 
 from jaxgpt.advantages.kl import unmasked
 from jaxgpt.losses.ratio import Metrics, Ratio
-
-
-def _centred(logits_BTV: jax.Array, temperature: float | jax.Array) -> tuple[jax.Array, jax.Array]:
-    """logits / temperature less their maximum, float32, and logsumexp of that: small numbers keep their digits."""
-    logits_BTV = logits_BTV.astype(jnp.float32) / temperature
-    logits_BTV = logits_BTV - jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1, keepdims=True))
-    return logits_BTV, jnp.log(jnp.sum(jnp.exp(logits_BTV), axis=-1))
-
-
-def token_logp(logits_BTV: jax.Array, tokens_BT: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """log softmax(logits / temperature) at the given tokens: nats, float32 [B, T].
-
-    `logits_BTV[:, t]` must predict `tokens_BT[:, t]`: shifting is the caller's. The vocabulary may be sharded, since
-    the gather is a comparison and a sum. A token outside it gives a finite number that means nothing: mask it.
-    """
-    logits_BTV, norm_BT = _centred(logits_BTV, temperature)
-    vocabulary_V = jnp.arange(logits_BTV.shape[-1], dtype=tokens_BT.dtype)
-    chosen_BTV = tokens_BT[..., None] == vocabulary_V
-    return jnp.sum(jnp.where(chosen_BTV, logits_BTV, 0.0), axis=-1) - norm_BT
-
-
-def token_entropy(logits_BTV: jax.Array, temperature: float | jax.Array = 1.0) -> jax.Array:
-    """Entropy of softmax(logits / temperature): nats, float32 [B, T]; logits of -inf are allowed and add nothing."""
-    logits_BTV, norm_BT = _centred(logits_BTV, temperature)
-    finite_BTV = jnp.where(jnp.isfinite(logits_BTV), logits_BTV, 0.0)
-    return norm_BT - jnp.sum(jnp.exp(logits_BTV - norm_BT[..., None]) * finite_BTV, axis=-1)
 
 
 def sequence_logp(logp_BT: jax.Array, mask_BT: jax.Array, mean: bool = False) -> jax.Array:

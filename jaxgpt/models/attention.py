@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import P
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxgpt.config.schema import ModelConfig, RopePositions
-from jaxgpt.mesh import BATCH
-from jaxgpt.models.kernels import attention, contract, project
-from jaxgpt.models.layers import Draw, affine, scales
+from jaxgpt.mesh import BATCH, axis_size, spec_axes
+from jaxgpt.models import attention_kernels
+from jaxgpt.models.kernels import ATTENDED, attention, vary
+from jaxgpt.models.layers import Draw, affine, affine_out, scales
+from jaxgpt.models.sequence import local_slots, whole
 
 
 def rope_frequencies(config: RopePositions, head_dim: int) -> jax.Array:
@@ -60,29 +63,50 @@ def attend(
     v_BGSK: jax.Array,
     query_segments_BT: jax.Array,
     key_segments_BS: jax.Array,
-    first: jax.Array | int = 0,
+    first: jax.Array | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    kernel: str = "auto",
 ) -> jax.Array:
-    """Causal attention inside equal segments, [B, T, H, K]; queries come scaled.
+    """Causal attention inside equal segments, [B, T, H, K]; queries come scaled. Scores and softmax are float32.
 
-    Query t stands in slot `first` + t among the keys' slots and sees slots up to its own, at most `window` of them.
-    Runs on each device's own rows and heads; scores and softmax are float32.
+    A whole sequence attends to itself where `first` is unset; its tokens stand in the order of `sequence.cut` if
+    the mesh splits their time, and keys and values are then gathered over it. Otherwise query t stands in slot
+    `first` + t among the keys' slots. A query sees slots up to its own, at most `window` of them.
+    Runs on each device's own rows, heads and queries.
     """
-    heads = jax.typeof(q_BTHK).sharding.spec[2]
-    groups = jax.typeof(k_BGSK).sharding.spec[1]
-    keys, rows = P(BATCH, groups, None, None), P(BATCH, None)
+    time, heads = spec_axes(q_BTHK, 1), spec_axes(q_BTHK, 2)
+    groups, ways, tokens = spec_axes(k_BGSK, 1), axis_size(*time), q_BTHK.shape[1]
+    shape = attention_kernels.Shape(tokens, q_BTHK.shape[2], k_BGSK.shape[1], ways, axis_size(*heads), window, softcap)
+    fast = attention_kernels.chosen(kernel, q_BTHK.dtype, q_BTHK.shape[-1], shape) if first is None else None
+    extra = () if fast is None else fast.constants()
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array, *rest: jax.Array) -> jax.Array:
-        if groups != heads:  # one key head for all: its gradient is summed over the devices that share it
-            k, v = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (k, v))
-        return _attend(q, k, v, *rest, window=window, softcap=softcap)
+    def local(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        query_segments: jax.Array,
+        key_segments: jax.Array,
+        first: jax.Array,
+        extra: tuple,
+    ) -> jax.Array:
+        if fast is None and groups != heads:  # one key head for all: its gradient is summed over those who share it
+            k, v = (vary(x, heads) for x in (k, v))
+        k, v, key_segments = whole(k, ways, 2), whole(v, ways, 2), whole(key_segments, ways, 1)
+        if fast is not None:
+            return fast(extra, q, k, v, query_segments, key_segments)
+        slots_T = first + local_slots(q.shape[1], ways)
+        return _attend(q, k, v, query_segments, key_segments, slots_T, window=window, softcap=softcap)
 
-    return jax.shard_map(
-        local,
-        in_specs=(P(BATCH, None, heads, None), keys, keys, rows, rows, P()),
-        out_specs=P(BATCH, None, heads, None),
-    )(q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, jnp.asarray(first, jnp.int32))
+    rows, keys = P(BATCH, time or None), P(BATCH, groups or None, time or None, None)
+    queries = P(BATCH, time or None, heads or None, None)
+    given = queries, keys, keys, rows, rows, P(), () if fast is None else fast.specs()
+    begin = jnp.int32(0) if first is None else jnp.asarray(first, jnp.int32)
+    # a kernel of another compiler does not say along which axes its results differ
+    result = jax.shard_map(local, in_specs=given, out_specs=queries, check_vma=fast is None)(
+        q_BTHK, k_BGSK, v_BGSK, query_segments_BT, key_segments_BS, begin, extra
+    )
+    return checkpoint_name(result, ATTENDED)
 
 
 def _attend(
@@ -91,15 +115,15 @@ def _attend(
     v_BGSK: jax.Array,
     query_segments_BT: jax.Array,
     key_segments_BS: jax.Array,
-    first: jax.Array,
+    slots_T: jax.Array,
     *,
     window: int | None,
     softcap: float | None,
 ) -> jax.Array:
-    """`attend` on one device's share."""
+    """`attend` on one device's share, all scores at once; slots_T: the queries' slots among the keys'."""
     (B, T, H, K), (_, G, S, _) = q_BTHK.shape, k_BGSK.shape
     q_BGRTK = q_BTHK.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4)
-    behind_TS = first + jnp.arange(T)[:, None] - jnp.arange(S)[None, :]
+    behind_TS = slots_T[:, None] - jnp.arange(S)[None, :]
     near_TS = behind_TS >= 0 if window is None else (behind_TS >= 0) & (behind_TS < window)
     seen_BTS = near_TS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
     out_BGRTK = attention(q_BGRTK, k_BGSK, v_BGSK, seen_BTS, softcap)
@@ -111,14 +135,14 @@ class Attention(nnx.Module):
 
     def __init__(self, c: ModelConfig, draw: Draw):
         D, H, G, K = c.width, c.attention.heads, c.kv_heads, c.head_dim
-        shared = None if G == 1 else "tensor"
+        shared = None if G == 1 else "kv_heads"
         self.c = c
-        self.q_DHK = draw.normal((D, H, K), ("fsdp", "tensor", None))
-        self.k_DGK = draw.normal((D, G, K), ("fsdp", shared, None))
-        self.v_DGK = draw.normal((D, G, K), ("fsdp", shared, None))
-        self.o_HKD = draw.normal((H, K, D), ("tensor", None, "fsdp"), residual=True)
+        self.q_DHK = draw.normal((D, H, K), ("width", "heads", None))
+        self.k_DGK = draw.normal((D, G, K), ("width", shared, None))
+        self.v_DGK = draw.normal((D, G, K), ("width", shared, None))
+        self.o_HKD = draw.normal((H, K, D), ("heads", None, "width"), residual=True)
         biased = c.attention.qkv_bias
-        self.q_bias_HK = draw.zeros((H, K), ("tensor", None)) if biased else None
+        self.q_bias_HK = draw.zeros((H, K), ("heads", None)) if biased else None
         self.k_bias_GK = draw.zeros((G, K), (shared, None)) if biased else None
         self.v_bias_GK = draw.zeros((G, K), (shared, None)) if biased else None
         self.o_bias_D = draw.zeros((D,), (None,)) if c.attention.out_bias else None
@@ -132,9 +156,15 @@ class Attention(nnx.Module):
     def qkv(self, x_BTD: jax.Array, tables: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, ...]:
         """Scaled queries [B, T, H, K] and keys, values [B, G, T, K], positions applied."""
         c, dtype = self.c, x_BTD.dtype
-        q_BTHK = affine(project, x_BTD, self.q_DHK, self.q_bias_HK, self.lora_q)
-        k_BTGK = affine(project, x_BTD, self.k_DGK, self.k_bias_GK, self.lora_k)
-        v_BTGK = affine(project, x_BTD, self.v_DGK, self.v_bias_GK, self.lora_v)
+        q_BTHK, k_BTGK, v_BTGK = affine(
+            x_BTD,
+            (self.q_DHK, self.q_bias_HK, self.lora_q),
+            (self.k_DGK, self.k_bias_GK, self.lora_k),
+            (self.v_DGK, self.v_bias_GK, self.lora_v),
+        )
+        time = spec_axes(q_BTHK, 1)
+        if spec_axes(k_BTGK, 1) != time:  # one key head for all was computed where the residual stream lies
+            k_BTGK, v_BTGK = (jax.sharding.reshard(x, P(BATCH, time or None, None, None)) for x in (k_BTGK, v_BTGK))
         if self.q_scale_K is not None:
             q_BTHK = scales(q_BTHK, self.q_scale_K[...], c.norm.eps)
             k_BTGK = scales(k_BTGK, self.k_scale_K[...], c.norm.eps)
@@ -145,4 +175,4 @@ class Attention(nnx.Module):
 
     def output(self, out_BTHK: jax.Array) -> jax.Array:
         """The heads' results joined, [B, T, D]."""
-        return affine(contract, out_BTHK, self.o_HKD, self.o_bias_D, self.lora_o)
+        return affine_out(out_BTHK, (self.o_HKD, self.o_bias_D, self.lora_o))

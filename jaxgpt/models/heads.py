@@ -11,10 +11,12 @@ from flax import nnx
 from jax import P
 
 from jaxgpt.config.schema import LoraConfig, ModelConfig
-from jaxgpt.mesh import gather
+from jaxgpt.mesh import LAYOUT
 from jaxgpt.models.kernels import project
 from jaxgpt.models.net import Net, functional
+from jaxgpt.models.sequence import cut
 from jaxgpt.models.transformer import Backbone
+from jaxgpt.models.vocabulary import predictions
 
 HEAD = ("head_D", "bias")
 """The parameters of a scalar model that are not its backbone's."""
@@ -30,26 +32,52 @@ class LanguageModel(nnx.Module):
         self.backbone = Backbone(c, vocab, rngs, dropout, lora)
         std = c.width**-0.5 if c.init_std == "fan_in" else c.init_std
         unembed = None if c.tied else jax.random.normal(rngs.params(), (vocab, c.width)) * std
-        self.unembed_VD = None if unembed is None else nnx.Param(unembed, out_sharding=("tensor", "fsdp"))
+        self.unembed_VD = (
+            None if unembed is None else nnx.Param(unembed, out_sharding=(LAYOUT["vocab"], LAYOUT["width"]))
+        )
 
-    def hidden(
+    def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Hidden states that predict the token after each position, [B, T, D]: in the order of the tokens, whole."""
+        return cut(tokens_BT.shape[1]).natural(self.backbone(tokens_BT, segments_BT, positions_BT))
+
+    def logp(
         self,
         tokens_BT: jax.Array,
         segments_BT: jax.Array,
         positions_BT: jax.Array,
+        targets_BT: jax.Array,
         seeds_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states that predict the token after each position, [B, T, D]."""
-        return self.backbone(tokens_BT, segments_BT, positions_BT, seeds_B)
+        """log p of a target behind each position: nats, float32 [B, T]. Where the mesh splits time, so is all of it."""
+        order = cut(tokens_BT.shape[1])
+        hidden_BTD = self.backbone(tokens_BT, segments_BT, positions_BT, seeds_B)
+        with jax.named_scope("head"):
+            return order.natural(self.predicted(hidden_BTD, order.place(targets_BT))[0])
+
+    def predicted(
+        self,
+        hidden_BTD: jax.Array,
+        targets_BT: jax.Array,
+        temperature: float | jax.Array = 1.0,
+        *,
+        entropy: bool = False,
+    ) -> tuple[jax.Array, ...]:
+        """log p of the targets and, where asked for, the entropy of each prediction, at a temperature: nats, float32
+        [B, T] each."""
+        return predictions(hidden_BTD, self._matrix, targets_BT, self._bounded, temperature, entropy=entropy)
+
+    @property
+    def _matrix(self) -> jax.Array:
+        return (self.backbone.embed_VD if self.unembed_VD is None else self.unembed_VD)[...]
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """Unnormalised log-probabilities of the next token, [B, T, V] float32."""
-        matrix = self.backbone.embed_VD if self.unembed_VD is None else self.unembed_VD
-        w_VD = gather(matrix[...], hidden_BTD.dtype)
-        logits_BTV = project(hidden_BTD, w_VD.T, jnp.float32)
-        logits_BTV = logits_BTV * self.c.logit_scale
+        return self._bounded(project(hidden_BTD, self._matrix.T, dtype=jnp.float32)[0])
+
+    def _bounded(self, logits: jax.Array) -> jax.Array:
+        logits = logits * self.c.logit_scale
         cap = self.c.logit_softcap
-        return logits_BTV if cap is None else cap * jnp.tanh(logits_BTV / cap)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 class ScalarModel(nnx.Module):
@@ -65,7 +93,7 @@ class ScalarModel(nnx.Module):
         """Scores, [B, T] float32."""
         hidden_BTD = self.backbone(tokens_BT, segments_BT, positions_BT).astype(jnp.float32)
         scores_BT = jnp.einsum("btd,d->bt", hidden_BTD, self.head_D[...], precision="highest")  # not bf16 on TPUs
-        return scores_BT + self.bias[...]
+        return cut(tokens_BT.shape[1]).natural(scores_BT + self.bias[...])
 
 
 def language_model(c: ModelConfig, vocab: int, dropout: float = 0.0, lora: LoraConfig | None = None) -> Net:

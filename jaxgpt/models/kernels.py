@@ -11,65 +11,150 @@ key/value head, K head width, D model width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import P
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxgpt.mesh import BATCH
+from jaxgpt.mesh import BATCH, Axes, axis_size, platform, spec_axes
 
 FAR = -1e30
 """Score of a pair that is not seen; finite, so that a row with nothing to see gives no NaN."""
 PRODUCT = "product"
 """What remat policies know the results of `project` and `contract` by: they cannot see into hand-written gradients."""
+ATTENDED = "attended"
+"""What remat policies know the results of attention by."""
 _once = jax.lax.optimization_barrier
 _product = functools.partial(checkpoint_name, name=PRODUCT)
 
 
 def on_cpu() -> bool:
     """Whether the hand-written gradients are in use."""
-    return jax.default_backend() == "cpu"
+    return platform() == "cpu"
 
 
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def vary(x: jax.Array, axes: Iterable[str]) -> jax.Array:
     """A value that is the same along mesh axes, taken as different there, so that its gradient is summed over them."""
-    return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
 
 
-def project(x_BTI: jax.Array, w: jax.Array, dtype: jax.typing.DTypeLike | None = None, kept: bool = True) -> jax.Array:
-    """x @ w for weights [I, ...] whose outputs may be sharded over tensor: [B, T, ...], in `dtype` or that of x.
+def joined_width(w: jax.Array, spec: Sequence[Axes], along: Axes) -> jax.Array:
+    """The share of a weight that products need, from what is kept: all but its `tensor` shards. Inside a shard_map.
 
-    One that is not `kept` is cheap: remat policies compute it again.
+    spec: the mesh axes of each of its dimensions; along: those that the products differ along, over which the
+    gradient is summed: scattered to the shards where there are any.
     """
-    outputs, named = jax.typeof(w).sharding.spec[1:], _product if kept else lambda y: y
-    out = P(BATCH, None, *outputs)
-    if not on_cpu():
-        return named(jnp.tensordot(x_BTI, w, axes=1, preferred_element_type=dtype, out_sharding=out))
+    for dimension, axes in enumerate(spec):
+        if shards := tuple(axis for axis in axes if axis != "tensor"):
+            w = jax.lax.all_gather(w, shards, axis=dimension, tiled=True)
+    seen = {axis for axes in spec for axis in axes}
+    return vary(w, [axis for axis in along if axis not in seen])
 
-    def local(x_BTI: jax.Array, w: jax.Array) -> jax.Array:
-        x_BTI = _vary(x_BTI, ("tensor",)) if "tensor" in outputs else x_BTI
-        y = _matmul(x_BTI, _vary(w, BATCH).reshape(w.shape[0], -1), dtype)
-        return y.reshape(*y.shape[:2], *w.shape[1:])
 
-    specs = (P(BATCH, None, None), P(None, *outputs))
-    return named(jax.shard_map(local, in_specs=specs, out_specs=out)(x_BTI, w))
+def specs(w: jax.Array) -> tuple[Axes, ...]:
+    """The mesh axes of each dimension of an array."""
+    return tuple(spec_axes(w, i) for i in range(w.ndim))
+
+
+def partition(axes: Iterable[Axes]) -> P:
+    """Mesh axes of each dimension, as jax writes them."""
+    return P(*(one or None for one in axes))
+
+
+def used_along(w: jax.Array, dtype: jax.typing.DTypeLike, along: Axes) -> jax.Array:
+    """The weight cast, and joined over those axes that what it meets is not split along: there is one product there."""
+    way = [tuple(axis for axis in axes if axis in along or axis == "tensor") for axes in specs(w)]
+    return jax.sharding.reshard(w.astype(dtype), partition(way))
+
+
+def project(
+    x_BTI: jax.Array, *weights: jax.Array, dtype: jax.typing.DTypeLike | None = None, kept: bool = True
+) -> list[jax.Array]:
+    """x @ w for each of several weights [I, ...], in `dtype` or that of x: [B, T, ...] each.
+
+    Weights come as they are kept, sharded and in float32. Where their outputs are split over tensor, so is the result,
+    and its time is whole there; else its time is split as that of x. Those that are not `kept` are cheap: remat
+    policies compute them again.
+    """
+    time = spec_axes(x_BTI, 1)
+    weights = [used_along(w, x_BTI.dtype, (*BATCH, *time)) for w in weights]
+    ways, named = [specs(w) for w in weights], _product if kept else lambda y: y
+    split = ["tensor" in sum(way[1:], ()) for way in ways]
+    outputs = [tuple("tensor" if "tensor" in axes else None for axes in way[1:]) for way in ways]
+    inner = tuple(axis for axis in time if axis != "tensor")
+    along = (*BATCH, *time)
+
+    def local(x_BTI: jax.Array, *weights: jax.Array) -> list[jax.Array]:
+        whole_BTI = None
+        if any(split):
+            gathered = jax.lax.all_gather(x_BTI, "tensor", axis=1, tiled=True) if "tensor" in time else None
+            whole_BTI = vary(x_BTI, ("tensor",)) if gathered is None else gathered
+        results = []
+        for w, way, tensor in zip(weights, ways, split, strict=True):
+            w = joined_width(w, way, (*BATCH, *inner) if tensor else along)
+            y = multiply(whole_BTI if tensor else x_BTI, w.reshape(w.shape[0], -1), dtype)
+            results.append(y.reshape(*y.shape[:2], *w.shape[1:]))
+        return results
+
+    given = P(BATCH, time or None, None), *map(partition, ways)
+    out = [P(BATCH, (inner if tensor else time) or None, *o) for o, tensor in zip(outputs, split, strict=True)]
+    return [named(y) for y in jax.shard_map(local, in_specs=given, out_specs=out)(x_BTI, *weights)]
 
 
 def contract(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, T, ...] times w [..., O] over all of w's other dimensions, the first of which tensor shards: [B, T, O]."""
-    inner = w.ndim - 1
-    rows, out = P(BATCH, None, "tensor", *(None,) * (inner - 1)), P(BATCH, None, None)
-    if not on_cpu():
-        return _product(jnp.tensordot(x, w, axes=inner, out_sharding=out))
+    """x [B, T, ...] times w [..., O] over all of w's other dimensions, the first of which tensor shards: [B, T, O].
+
+    The sum over tensor leaves each device a part of its time, as the residual stream is kept, where that comes out
+    even. The weight comes as it is kept.
+    """
+    time, inner = spec_axes(x, 1), w.ndim - 1
+    w = used_along(w, x.dtype, (*BATCH, *time))
+    way = specs(w)
+    scattered = bool(time) and (x.shape[1] // axis_size(*time)) % axis_size("tensor") == 0
 
     def local(x: jax.Array, w: jax.Array) -> jax.Array:
-        x_BTI, w_IO = x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1])
-        return jax.lax.psum(_matmul(x_BTI, _vary(w_IO, BATCH), None), "tensor")
+        w = joined_width(w, way, (*BATCH, *time))
+        y_BTO = multiply(x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1]), None)
+        if scattered:
+            return jax.lax.psum_scatter(y_BTO, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(y_BTO, "tensor")
 
-    specs = (rows, P("tensor", *(None,) * inner))
-    return _product(jax.shard_map(local, in_specs=specs, out_specs=out)(x, w))
+    rows = P(BATCH, time or None, "tensor", *(None,) * (inner - 1))
+    out = P(BATCH, (*time, "tensor") if scattered else time or None, None)
+    return _product(jax.shard_map(local, in_specs=(rows, partition(way)), out_specs=out)(x, w))
+
+
+def lookup(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Rows of a table whose rows tensor may shard, [B, T, D] in `dtype`; the gradient is summed in the table's dtype.
+
+    The sum over tensor, of one row and zeros, leaves each device a part of its time, as in `contract`.
+    """
+    time = spec_axes(tokens_BT, 1)
+    table_VD = used_along(table_VD, table_VD.dtype, (*BATCH, *time))
+    way, tensor = specs(table_VD), axis_size("tensor")
+    scattered = bool(time) and (tokens_BT.shape[1] // axis_size(*time)) % tensor == 0
+
+    def local(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+        table_VD = joined_width(table_VD, way, (*BATCH, *time))
+        if "tensor" not in way[0]:
+            return table_VD[tokens_BT].astype(dtype)
+        place_BT = tokens_BT - jax.lax.axis_index("tensor").astype(jnp.int32) * jnp.int32(table_VD.shape[0])
+        here_BT = (place_BT >= 0) & (place_BT < table_VD.shape[0])
+        x_BTD = jnp.where(here_BT[..., None], table_VD[jnp.where(here_BT, place_BT, 0)], 0.0).astype(dtype)
+        if scattered:
+            return jax.lax.psum_scatter(x_BTD, "tensor", scatter_dimension=1, tiled=True)
+        return jax.lax.psum(x_BTD, "tensor")
+
+    out = (*time, "tensor") if scattered and "tensor" in way[0] else time
+    given = partition(way), P(BATCH, time or None)
+    return jax.shard_map(local, in_specs=given, out_specs=P(BATCH, out or None, None))(table_VD, tokens_BT)
+
+
+def multiply(x_BTI: jax.Array, w_IO: jax.Array, dtype: jax.typing.DTypeLike | None) -> jax.Array:
+    """x @ w on one device, [B, T, O], in `dtype` or that of x."""
+    return _matmul(x_BTI, w_IO, dtype) if on_cpu() else jnp.matmul(x_BTI, w_IO, preferred_element_type=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

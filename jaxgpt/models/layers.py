@@ -8,27 +8,35 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import P
 
 from jaxgpt.config.schema import LoraConfig, ModelConfig
-from jaxgpt.mesh import BATCH, gather
+from jaxgpt.mesh import BATCH, LAYOUT, Axes, spec_axes
 from jaxgpt.models.kernels import contract, once_computed, project
+
+Names = tuple[str | None, ...]
+"""The names of a weight's dimensions, None for one that is never split."""
+
+
+def _axes(names: Names) -> tuple[Axes | None, ...]:
+    return tuple(None if name is None else LAYOUT[name] for name in names)
 
 
 @dataclasses.dataclass(frozen=True)
 class Draw:
-    """Makes named, sharded initial weights."""
+    """Makes initial weights; the names of their dimensions say how they are sharded (`jaxgpt.mesh.LAYOUT`)."""
 
     rngs: nnx.Rngs
     c: ModelConfig
     lora: LoraConfig | None = None
 
-    def normal(self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, residual: bool = False) -> nnx.Param:
+    def normal(self, shape: tuple[int, ...], names: Names, *, residual: bool = False) -> nnx.Param:
         """A Gaussian matrix: its first dimension is contracted, or all but the last where it is `residual`, which says
         that it writes to the residual stream."""
         std = self.c.init_std
@@ -36,23 +44,23 @@ class Draw:
             std = math.prod(shape[:-1] if residual else shape[:1]) ** -0.5
         elif residual:
             std = std * (2 * self.c.layers) ** -0.5
-        return self._gaussian(shape, axes, std)
+        return self._gaussian(shape, names, std)
 
-    def embedding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def embedding(self, shape: tuple[int, ...], names: Names) -> nnx.Param:
         """Gaussian rows that are looked up."""
         plain = 1.0 if self.c.init_std == "fan_in" else self.c.init_std
-        return self._gaussian(shape, axes, self.c.embedding_std or plain)
+        return self._gaussian(shape, names, self.c.embedding_std or plain)
 
-    def _gaussian(self, shape: tuple[int, ...], axes: tuple[str | None, ...], std: float) -> nnx.Param:
-        return nnx.Param(jax.random.normal(self.rngs.params(), shape) * std, out_sharding=axes)
+    def _gaussian(self, shape: tuple[int, ...], names: Names, std: float) -> nnx.Param:
+        return nnx.Param(jax.random.normal(self.rngs.params(), shape) * std, out_sharding=_axes(names))
 
-    def zeros(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def zeros(self, shape: tuple[int, ...], names: Names) -> nnx.Param:
         """A bias."""
-        return nnx.Param(jnp.zeros(shape), out_sharding=axes)
+        return nnx.Param(jnp.zeros(shape), out_sharding=_axes(names))
 
-    def ones(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> nnx.Param:
+    def ones(self, shape: tuple[int, ...], names: Names) -> nnx.Param:
         """A scale."""
-        return nnx.Param(jnp.ones(shape), out_sharding=axes)
+        return nnx.Param(jnp.ones(shape), out_sharding=_axes(names))
 
     def adapter(self, target: str, weight_IO: nnx.Param | None, *, residual: bool = False) -> Adapter | None:
         """The adapter of a matrix, where there is to be one: split over the mesh as the matrix is, its rank whole.
@@ -70,32 +78,41 @@ class Draw:
             nnx.Param(a_IL, out_sharding=(*axes[:cut], None)),
             nnx.Param(jnp.zeros((rank, *outputs)), out_sharding=(None, *axes[cut:])),
             self.lora.scale,
-            contract if residual else project,
+            residual,
         )
-
-
-Product = Callable[[jax.Array, jax.Array], jax.Array]
-"""`project` or `contract`."""
 
 
 class Adapter(nnx.Module):
     """What low-rank adaptation adds to x W: (x A) B alpha / rank (arXiv 2106.09685, section 4.1)."""
 
-    def __init__(self, a_IL: nnx.Param, b_LO: nnx.Param, scale: float, product: Product):
+    def __init__(self, a_IL: nnx.Param, b_LO: nnx.Param, scale: float, residual: bool):
         self.a_IL, self.b_LO = a_IL, b_LO
-        self.scale, self.product = scale, product
+        self.scale, self.residual = scale, residual
 
     def __call__(self, x_BTI: jax.Array) -> jax.Array:
         """[B, T, I] to [B, T, O]."""
-        x_BTL = self.product(x_BTI, gather(self.a_IL[...], x_BTI.dtype))
-        return project(x_BTL, gather(self.b_LO[...], x_BTI.dtype), kept=False) * self.scale
+        a_IL = self.a_IL[...]
+        x_BTL = contract(x_BTI, a_IL) if self.residual else project(x_BTI, a_IL)[0]
+        return project(x_BTL, self.b_LO[...], kept=False)[0] * self.scale
 
 
-def affine(
-    product: Product, x_BTI: jax.Array, weight_IO: nnx.Param, bias_O: nnx.Param | None, adapter: Adapter | None
-) -> jax.Array:
-    """x W with what stands beside W, [B, T, O]."""
-    y_BTO = product(x_BTI, gather(weight_IO[...], x_BTI.dtype))
+Affine = tuple[nnx.Param, nnx.Param | None, Adapter | None]
+"""A matrix, and what stands beside it: its bias and its adapter."""
+
+
+def affine(x_BTI: jax.Array, *matrices: Affine) -> list[jax.Array]:
+    """x W with what stands beside W, of several matrices whose first dimension is contracted: [B, T, O] each."""
+    products = project(x_BTI, *(weight[...] for weight, _, _ in matrices))
+    return [_beside(y, x_BTI, bias, adapter) for y, (_, bias, adapter) in zip(products, matrices, strict=True)]
+
+
+def affine_out(x_BTI: jax.Array, matrix: Affine) -> jax.Array:
+    """The same of one matrix that writes to the residual stream: all its dimensions but the last are contracted."""
+    weight, bias, adapter = matrix
+    return _beside(contract(x_BTI, weight[...]), x_BTI, bias, adapter)
+
+
+def _beside(y_BTO: jax.Array, x_BTI: jax.Array, bias_O: nnx.Param | None, adapter: Adapter | None) -> jax.Array:
     if adapter is not None:
         y_BTO = y_BTO + adapter(x_BTI)
     return y_BTO if bias_O is None else y_BTO + bias_O[...].astype(x_BTI.dtype)
@@ -140,11 +157,11 @@ class Mlp(nnx.Module):
     def __init__(self, c: ModelConfig, draw: Draw):
         D, F = c.width, c.hidden
         self.activation = c.mlp.type
-        self.up_DF = draw.normal((D, F), ("fsdp", "tensor"))
-        self.gate_DF = draw.normal((D, F), ("fsdp", "tensor")) if c.gated else None
-        self.down_FD = draw.normal((F, D), ("tensor", "fsdp"), residual=True)
-        self.up_bias_F = draw.zeros((F,), ("tensor",)) if c.mlp.bias else None
-        self.gate_bias_F = draw.zeros((F,), ("tensor",)) if c.mlp.bias and c.gated else None
+        self.up_DF = draw.normal((D, F), ("width", "hidden"))
+        self.gate_DF = draw.normal((D, F), ("width", "hidden")) if c.gated else None
+        self.down_FD = draw.normal((F, D), ("hidden", "width"), residual=True)
+        self.up_bias_F = draw.zeros((F,), ("hidden",)) if c.mlp.bias else None
+        self.gate_bias_F = draw.zeros((F,), ("hidden",)) if c.mlp.bias and c.gated else None
         self.down_bias_D = draw.zeros((D,), (None,)) if c.mlp.bias else None
         self.lora_up = draw.adapter("up", self.up_DF)
         self.lora_gate = draw.adapter("gate", self.gate_DF)
@@ -153,28 +170,43 @@ class Mlp(nnx.Module):
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """[B, T, D] to the same shape."""
         act = ACTIVATIONS[self.activation]
-        h_BTF = affine(project, x_BTD, self.up_DF, self.up_bias_F, self.lora_up)
+        up = self.up_DF, self.up_bias_F, self.lora_up
         if self.gate_DF is None:
-            h_BTF = act(h_BTF)
+            h_BTF = act(affine(x_BTD, up)[0])
         else:
-            h_BTF = act(affine(project, x_BTD, self.gate_DF, self.gate_bias_F, self.lora_gate)) * h_BTF
-        return affine(contract, h_BTF, self.down_FD, self.down_bias_D, self.lora_down)
+            up_BTF, gate_BTF = affine(x_BTD, up, (self.gate_DF, self.gate_bias_F, self.lora_gate))
+            h_BTF = act(gate_BTF) * up_BTF
+        return affine_out(h_BTF, (self.down_FD, self.down_bias_D, self.lora_down))
 
 
-def dropout(x_BTD: jax.Array, seeds_B: jax.Array | None, site: jax.Array, rate: float) -> jax.Array:
-    """Inverted dropout whose mask depends on the row's own seed and the site alone, not on how the batch is cut.
+class Dropout(NamedTuple):
+    """What a forward pass needs to drop activations."""
 
-    seeds_B: uint32 per row, None for none; site: int32 that differs at every place of use.
+    rate: float
+    seeds_B: jax.Array
+    """uint32, one for each row."""
+    slots_T: np.ndarray
+    """Which token of its row each one is."""
+
+
+def dropout(x_BTD: jax.Array, how: Dropout | None, site: jax.Array) -> jax.Array:
+    """Inverted dropout whose mask depends on the row's own seed, the token's place and the site alone, not on how the
+    batch or the sequence is cut.
+
+    site: int32 that differs at every place of use.
     """
-    if seeds_B is None or rate == 0.0:
+    if how is None or how.rate == 0.0:
         return x_BTD
+    keep, time = 1.0 - how.rate, spec_axes(x_BTD, 1) or None
 
-    def local(x_BTD: jax.Array, seeds_B: jax.Array, site: jax.Array) -> jax.Array:
-        def row(x_TD: jax.Array, seed: jax.Array) -> jax.Array:
-            kept = jax.random.bernoulli(jax.random.fold_in(jax.random.key(seed), site), 1.0 - rate, x_TD.shape)
-            return jnp.where(kept, x_TD / (1.0 - rate), jnp.zeros_like(x_TD))
+    def local(x_BTD: jax.Array, seeds_B: jax.Array, slots_T: jax.Array, site: jax.Array) -> jax.Array:
+        def token(x_D: jax.Array, seed: jax.Array, slot: jax.Array) -> jax.Array:
+            key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), site), slot)
+            return jnp.where(jax.random.bernoulli(key, keep, x_D.shape), x_D / keep, jnp.zeros_like(x_D))
 
-        return jax.vmap(row)(x_BTD, seeds_B)
+        return jax.vmap(jax.vmap(token, in_axes=(0, None, 0)), in_axes=(0, 0, None))(x_BTD, seeds_B, slots_T)
 
-    rows = P(BATCH, None, None)
-    return jax.shard_map(local, in_specs=(rows, P(BATCH), P()), out_specs=rows)(x_BTD, seeds_B, site)
+    rows = P(BATCH, time, None)
+    slots_T = jax.sharding.reshard(jnp.asarray(how.slots_T), P(time))
+    given = rows, P(BATCH), P(time), P()
+    return jax.shard_map(local, in_specs=given, out_specs=rows)(x_BTD, how.seeds_B, slots_T, site)

@@ -11,13 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import P
 
 from jaxgpt.config.schema import LearnedPositions, LoraConfig, ModelConfig, RopePositions
-from jaxgpt.mesh import BATCH, gather
 from jaxgpt.models.attention import Attention, attend, rope_tables
-from jaxgpt.models.kernels import PRODUCT
-from jaxgpt.models.layers import Draw, Mlp, Norm, dropout
+from jaxgpt.models.kernels import ATTENDED, PRODUCT, lookup
+from jaxgpt.models.layers import Draw, Dropout, Mlp, Norm, dropout
+from jaxgpt.models.sequence import cut
 
 
 class Place(NamedTuple):
@@ -26,8 +25,7 @@ class Place(NamedTuple):
     segments_BT: jax.Array
     tables: tuple[jax.Array, jax.Array] | None
     """Rotations, where positions are rotary."""
-    seeds_B: jax.Array | None = None
-    dropout: float = 0.0
+    dropout: Dropout | None = None
 
 
 class Slots(NamedTuple):
@@ -53,7 +51,8 @@ class Block(nnx.Module):
         h_BTD = self.attention_norm(x_BTD)
         q, k, v = self.attention.qkv(h_BTD, place.tables)
         segments = place.segments_BT
-        out = attend(q, k, v, segments, segments, window=window, softcap=self.c.attention.softcap)
+        c = self.c.attention
+        out = attend(q, k, v, segments, segments, window=window, softcap=c.softcap, kernel=c.kernel)
         return self._residual(x_BTD, h_BTD, self.attention.output(out), place, layer)
 
     def extend(
@@ -72,7 +71,7 @@ class Block(nnx.Module):
         self, x_BTD: jax.Array, h_BTD: jax.Array, attended_BTD: jax.Array, place: Place, layer: jax.Array
     ) -> jax.Array:
         def drop(y_BTD: jax.Array, site: int) -> jax.Array:
-            return dropout(y_BTD, place.seeds_B, 2 * layer + site, place.dropout)
+            return dropout(y_BTD, place.dropout, 2 * layer + site)
 
         if self.c.residual == "parallel":
             inner_BTD = h_BTD if self.mlp_norm is None else self.mlp_norm(x_BTD)
@@ -102,19 +101,20 @@ class Backbone(nnx.Module):
     ):
         self.c, self.dropout = c, dropout
         draw = Draw(rngs, c)
-        self.embed_VD = draw.embedding((vocab, c.width), ("tensor", "fsdp"))
+        self.embed_VD = draw.embedding((vocab, c.width), ("vocab", "width"))
         learned = isinstance(c.positions, LearnedPositions)
-        self.positions_TD = draw.embedding((c.context, c.width), (None, "fsdp")) if learned else None
+        self.positions_TD = draw.embedding((c.context, c.width), (None, "width")) if learned else None
         keys_N = jax.random.split(rngs.params(), c.layers)
         self.blocks = jax.vmap(lambda key: Block(c, Draw(nnx.Rngs(params=key), c, lora)))(keys_N)
         self.norm = Norm(c, draw)
 
     def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
-        """Embeddings in the blocks' dtype, [B, T, D]."""
-        dtype, rows = compute_dtype(self.c), P(BATCH, None, None)
-        x_BTD = gather(self.embed_VD[...], dtype).at[tokens_BT].get(out_sharding=rows) * self.c.embedding_scale
+        """Embeddings in the blocks' dtype, [B, T, D], as the residual stream lies."""
+        dtype = compute_dtype(self.c)
+        x_BTD = lookup(self.embed_VD[...], tokens_BT, dtype) * self.c.embedding_scale
         if self.positions_TD is not None:
-            x_BTD = x_BTD + gather(self.positions_TD[...], dtype).at[positions_BT].get(out_sharding=rows)
+            places_BTD = lookup(self.positions_TD[...], positions_BT, dtype)
+            x_BTD = x_BTD + jax.sharding.reshard(places_BTD, jax.typeof(x_BTD).sharding.spec)
         return x_BTD
 
     def tables(self, positions_BT: jax.Array) -> tuple[jax.Array, jax.Array] | None:
@@ -133,9 +133,12 @@ class Backbone(nnx.Module):
         positions_BT: jax.Array,
         seeds_B: jax.Array | None = None,
     ) -> jax.Array:
-        """Normalised hidden states, [B, T, D]."""
-        place = Place(segments_BT, self.tables(positions_BT), seeds_B, self.dropout)
-        x_BTD = dropout(self.embed(tokens_BT, positions_BT), seeds_B, jnp.int32(2 * self.c.layers), self.dropout)
+        """Normalised hidden states, [B, T, D], in the order of `sequence.cut` and as the residual stream lies."""
+        order = cut(tokens_BT.shape[1])
+        tokens_BT, segments_BT, positions_BT = (order.place(x) for x in (tokens_BT, segments_BT, positions_BT))
+        how = None if seeds_B is None else Dropout(self.dropout, seeds_B, order.slots_T)
+        place = Place(segments_BT, self.tables(positions_BT), how)
+        x_BTD = dropout(self.embed(tokens_BT, positions_BT), how, jnp.int32(2 * self.c.layers))
         return self.run(x_BTD, place)
 
     def run(self, x_BTD: jax.Array, place: Place) -> jax.Array:
@@ -168,5 +171,16 @@ class Backbone(nnx.Module):
 def _remat(function: Callable[..., jax.Array], policy: str) -> Callable[..., jax.Array]:
     if policy == "none":
         return function
-    saved = jax.checkpoint_policies.save_only_these_names(PRODUCT) if policy == "dots" else None
-    return jax.checkpoint(function, policy=saved)
+    policies = jax.checkpoint_policies
+    saved = {
+        "dots": policies.save_only_these_names(PRODUCT, ATTENDED),
+        "attention": policies.save_only_these_names(ATTENDED),
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[PRODUCT, ATTENDED],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+        "full": None,
+    }
+    return jax.checkpoint(function, policy=saved[policy])

@@ -15,7 +15,7 @@ from jaxgpt.config.schema import DpoConfig
 from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.data.preferences import PreferenceRows, preferences
 from jaxgpt.data.rankings import load_split
-from jaxgpt.losses import Metrics, Ratio, dpo, sequence_logp, token_logp
+from jaxgpt.losses import Metrics, Ratio, dpo, sequence_logp
 from jaxgpt.mesh import BATCH, check_batch
 from jaxgpt.models.heads import LanguageModel, language_model
 from jaxgpt.models.net import Net, Params
@@ -35,7 +35,7 @@ def response_logp(lm: LanguageModel, batch: Batch) -> jax.Array:
         batch[name].reshape(B * K, T, out_sharding=P(BATCH, None)) for name in ("tokens", "targets", "segments")
     )
     positions = jnp.zeros_like(tokens) + jnp.arange(T, dtype=jnp.int32)
-    logp = token_logp(lm.logits(lm.hidden(tokens, segments, positions)), targets)
+    logp = lm.logp(tokens, segments, positions, targets)
     return logp.reshape(B, K, T, out_sharding=P(BATCH, None, None))
 
 

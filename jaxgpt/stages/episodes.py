@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxgpt.losses import token_entropy, token_logp
 from jaxgpt.models.heads import LanguageModel
 from jaxgpt.models.net import Net, Params
 from jaxgpt.sampling import left_positions
@@ -60,9 +59,8 @@ class Actors:
         """Of the policy, with gradients: log-probabilities, entropies, and values where there is a critic; [B, N]."""
         lm = self.policy.bind(params["policy"])
         hidden_BND = response_hidden(lm, batch, self.prompt)
-        logits_BNV, tokens_BN = lm.logits(hidden_BND), batch["tokens"][:, self.prompt :]
-        logp_BN = token_logp(logits_BNV, tokens_BN, self.temperature)
-        entropy_BN = token_entropy(logits_BNV, self.temperature)
+        tokens_BN = batch["tokens"][:, self.prompt :]
+        logp_BN, entropy_BN = lm.predicted(hidden_BND, tokens_BN, self.temperature, entropy=True)
         if self.critic is None:
             return logp_BN, entropy_BN, None
         return logp_BN, entropy_BN, self.critic.values(params["value"], hidden_BND, batch, self.prompt)
@@ -76,8 +74,8 @@ class Actors:
             known["values"] = values_BN
         if self.reference is not None:
             lm = self.reference.bind(params["reference"])
-            logits_BNV = lm.logits(response_hidden(lm, episodes, self.prompt))
-            known["reference_logp"] = token_logp(logits_BNV, episodes["tokens"][:, self.prompt :], self.temperature)
+            hidden_BND, tokens_BN = response_hidden(lm, episodes, self.prompt), episodes["tokens"][:, self.prompt :]
+            (known["reference_logp"],) = lm.predicted(hidden_BND, tokens_BN, self.temperature)
         return jax.lax.stop_gradient(known)
 
 

@@ -10,7 +10,7 @@ from jaxgpt.config.schema import PretrainConfig
 from jaxgpt.data.mixture import Batches, describe, mixture, ordered
 from jaxgpt.data.tokens import Rows, Shard
 from jaxgpt.errors import UserError
-from jaxgpt.losses import Ratio, next_token, token_logp
+from jaxgpt.losses import Ratio, next_token
 from jaxgpt.mesh import check_batch
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Net, Params
@@ -25,10 +25,8 @@ def language_loss(net: Net) -> Loss:
 
     def loss(params: Params, batch: Batch) -> tuple[Ratio, dict[str, Ratio]]:
         lm = net.bind(params)
-        hidden_BTD = lm.hidden(batch["tokens"], batch["segments"], batch["positions"], batch.get("seeds"))
-        with jax.named_scope("head"):
-            logp_BT = token_logp(lm.logits(hidden_BTD), batch["targets"])
-        return next_token(logp_BT, batch["mask"])
+        given = (batch[name] for name in ("tokens", "segments", "positions", "targets"))
+        return next_token(lm.logp(*given, batch.get("seeds")), batch["mask"])
 
     return loss
 

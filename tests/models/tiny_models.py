@@ -22,8 +22,8 @@ def tiny(**changes: Any) -> ModelConfig:
     return ModelConfig(**({"width": 16, "layers": 2, "context": 16} | changes))
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor))
 
 
 def drawn(net: Net, mesh: jax.sharding.Mesh, seed: int = 0) -> Params:
