@@ -220,7 +220,7 @@ def advance(
             tokens_BN=jax.lax.dynamic_update_slice(s.tokens_BN, token_B[:, None], at),
             logp_BN=jax.lax.dynamic_update_slice(s.logp_BN, logp_B[:, None], at),
             lengths_B=s.lengths_B + (~s.done_B).astype(jnp.int32),
-            done_B=s.done_B | (functools.reduce(operator.or_, (token_B == end for end in ends)) & (s.count >= after)),
+            done_B=functools.reduce(operator.or_, ((token_B == end) & (s.count >= after) for end in ends), s.done_B),
             count=s.count + 1,
         )
 

@@ -9,6 +9,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 import jax
 import pytest
 
+from jaxgpt.mesh import AXES
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Keeps compiled programs beside pytest's own cache: compilation is most of the tests' time.
@@ -24,4 +26,4 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def mesh222():
     """Two devices along each of data, fsdp and tensor, one along context; use as `with jax.set_mesh(mesh222):`."""
-    return jax.make_mesh((2, 2, 1, 2), ("data", "fsdp", "context", "tensor"))
+    return jax.make_mesh((2, 2, 1, 2), AXES)

@@ -109,8 +109,8 @@ def config(runs: Path, **changes: dict[str, Any]) -> Config:
     return Config(name="small", runs=str(runs), **sections)
 
 
-def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+def mesh_of(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> jax.sharding.Mesh:
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor))
 
 
 def open_run(config: Config, mesh: jax.sharding.Mesh) -> Run:

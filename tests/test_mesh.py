@@ -14,20 +14,22 @@ from jaxgpt.errors import UserError
 from jaxgpt.mesh import AXES, BATCH, batch_spec, check_batch, check_model, gather, make_mesh, mesh_shape, put_batch
 
 
-def config(data, fsdp, tensor) -> MeshConfig:
-    return MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+def config(data, fsdp, tensor, context=1) -> MeshConfig:
+    return MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor)
 
 
 @pytest.mark.parametrize(
     ("sizes", "devices", "shape"),
     [
-        ((1, "auto", 1), 1, (1, 1, 1)),
-        ((1, "auto", 1), 8, (1, 8, 1)),
-        (("auto", 2, 2), 8, (2, 2, 2)),
-        ((2, 1, "auto"), 6, (2, 1, 3)),
-        ((2, "auto", 4), 8, (2, 1, 4)),
-        ((1, 1, 1), 8, (1, 1, 1)),
-        ((3, 2, 1), 8, (3, 2, 1)),
+        ((1, "auto", 1), 1, (1, 1, 1, 1)),
+        ((1, "auto", 1), 8, (1, 8, 1, 1)),
+        (("auto", 2, 2), 8, (2, 2, 1, 2)),
+        ((2, 1, "auto"), 6, (2, 1, 1, 3)),
+        ((2, "auto", 4), 8, (2, 1, 1, 4)),
+        ((1, 1, 2, "auto"), 8, (1, 1, 4, 2)),
+        ((1, "auto", 2, 2), 8, (1, 2, 2, 2)),
+        ((1, 1, 1), 8, (1, 1, 1, 1)),
+        ((3, 2, 1), 8, (3, 2, 1, 1)),
     ],
 )
 def test_auto_takes_the_devices_that_are_left(sizes, devices, shape):
@@ -38,8 +40,8 @@ def test_too_many_devices_asked_for():
     with pytest.raises(UserError) as error:
         mesh_shape(config(2, 3, 2), 8)
     assert str(error.value) == (
-        "mesh.data=2, mesh.fsdp=3, mesh.tensor=2: 12 devices are asked for, and there are 8; lower an axis, or set one "
-        "to auto and the others to 1"
+        "mesh.data=2, mesh.fsdp=3, mesh.context=1, mesh.tensor=2: 12 devices are asked for, and there are 8; "
+        "lower an axis, or set one to auto and the others to 1"
     )
     with pytest.raises(UserError, match="16 devices are asked for, and there are 8"):
         mesh_shape(config(4, "auto", 4), 8)
@@ -49,15 +51,15 @@ def test_auto_leaves_no_remainder():
     with pytest.raises(UserError) as error:
         mesh_shape(config("auto", 3, 1), 8)
     assert str(error.value) == (
-        "mesh.data=auto, mesh.fsdp=3, mesh.tensor=1: 8 devices do not divide by 3; the fixed axes may multiply to "
-        "1, 2, 4, 8"
+        "mesh.data=auto, mesh.fsdp=3, mesh.context=1, mesh.tensor=1: 8 devices do not divide by 3; the fixed "
+        "axes may multiply to 1, 2, 4, 8"
     )
 
 
 def test_a_mesh_has_all_axes_explicit_and_may_use_fewer_devices():
     mesh = make_mesh(config(1, 2, 1))
     assert mesh.axis_names == AXES
-    assert mesh.axis_types == (AxisType.Explicit,) * 3
+    assert mesh.axis_types == (AxisType.Explicit,) * 4
     assert list(mesh.devices.flat) == jax.devices()[:2]
 
 
@@ -79,14 +81,15 @@ def test_every_dimension_that_does_not_divide_is_told_at_once():
     with pytest.raises(UserError) as error:
         check_model(mesh, bad, vocab=101)
     assert str(error.value).split("\n") == [
-        "model.width is 27, which mesh.fsdp=2 does not divide; use a multiple of 2 (such as 28) or a mesh.fsdp of 1",
-        "model.attention.heads is 6, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 8) or a "
+        "model.width is 27, which mesh.fsdp x mesh.context=2 does not divide; use a multiple of 2 (such as 28) or "
+        "mesh.fsdp x mesh.context of 1",
+        "model.attention.heads is 6, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 8) or "
         "mesh.tensor of 1, 2, 3",
-        "model.attention.kv_heads is 2, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 4) or a "
+        "model.attention.kv_heads is 2, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 4) or "
         "mesh.tensor of 1, 2",
-        "model.mlp.width is 30, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 32) or a "
+        "model.mlp.width is 30, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 32) or "
         "mesh.tensor of 1, 2, 3",
-        "model.vocab is 101, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 104) or a "
+        "model.vocab is 101, which mesh.tensor=4 does not divide; use a multiple of 4 (such as 104) or "
         "mesh.tensor of 1",
     ]
 

@@ -19,7 +19,6 @@ from jaxgpt.sampling import (
     bucket,
     draw,
     filter_logits,
-    generate,
     left_padded,
     ragged,
     right_padded,
@@ -28,7 +27,7 @@ from jaxgpt.sampling import (
 
 VOCAB, NEW, PAD = 384, 7, 3
 PROMPTS = [np.arange(5, 5 + n) * 7 % VOCAB for n in (1, 4, 9, 6)]
-ONE = jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1])
+ONE = jax.make_mesh((1, 1, 1, 1), AXES, devices=jax.devices()[:1])
 SHAPE = {"width": 32, "layers": 1, "context": 16}
 MODELS = {
     "rope, grouped keys, windows": ModelConfig(
@@ -69,17 +68,8 @@ class Sampler:
     def _generate(self, params, rows, temperature, end, kept):
         lm, key = self.net.bind(params), jax.random.key(5)
         with jax.numpy_dtype_promotion("strict"):
-            return generate(
-                lm,
-                rows["tokens"],
-                rows["segments"],
-                key,
-                new=NEW,
-                temperature=temperature,
-                ends=(end,),
-                pad=PAD,
-                kept=kept,
-            )
+            state = start(lm, rows["tokens"], rows["segments"], NEW, PAD)
+            return advance(lm, state, key, temperature, kept, (end,), PAD, NEW)
 
     def score(self, sequences, temperature=1.0):
         batch = right_padded(sequences, len(sequences), 16)
@@ -96,8 +86,8 @@ FIELDS = ("tokens_BN", "logp_BN", "lengths_B", "done_B", "count")
 
 
 @functools.cache
-def sampler(name: str, shape: tuple[int, int, int] = (1, 1, 1)) -> Sampler:
-    mesh = ONE if shape == (1, 1, 1) else jax.make_mesh(shape, AXES)
+def sampler(name: str, shape: tuple[int, ...] = (1, 1, 1, 1)) -> Sampler:
+    mesh = ONE if shape == (1, 1, 1, 1) else jax.make_mesh(shape, AXES)
     return Sampler(MODELS[name], mesh)
 
 
@@ -131,7 +121,7 @@ def test_temperature_0_takes_the_argmax_at_every_step(model):
 
 
 def test_the_same_tokens_come_out_on_any_mesh(model):
-    split = sampler("rope, grouped keys, windows", (2, 2, 2))
+    split = sampler("rope, grouped keys, windows", (2, 2, 1, 2))
     ours, theirs = model.respond(PROMPTS, 0.9), split.respond(PROMPTS, 0.9)
     assert (ours["tokens_BN"] == theirs["tokens_BN"]).all()
     np.testing.assert_allclose(ours["logp_BN"], theirs["logp_BN"], atol=1e-4)

@@ -43,7 +43,7 @@ def make_run(run: Path) -> Path:
     tokenizer = train_tokenizer(SENTENCES * 20, TokenizerConfig(vocab=320))
     tokenizer.save(run / "tokenizer")
     meta = {"model": CONFIG.model_dump(mode="json"), "vocab": VOCAB, "tokenizer": tokenizer.hash}
-    with jax.set_mesh(jax.make_mesh((1, 1, 1), AXES, devices=jax.devices()[:1])):
+    with jax.set_mesh(jax.make_mesh((1, 1, 1, 1), AXES, devices=jax.devices()[:1])):
         for seed, (stage, kind) in enumerate(KINDS.items()):
             params = random_params((language_model if kind == "language" else scalar_model)(CONFIG, VOCAB), seed)
             embed_VD = params["backbone"]["embed_VD"]

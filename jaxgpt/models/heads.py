@@ -36,9 +36,15 @@ class LanguageModel(nnx.Module):
             None if unembed is None else nnx.Param(unembed, out_sharding=(LAYOUT["vocab"], LAYOUT["width"]))
         )
 
-    def hidden(self, tokens_BT: jax.Array, segments_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def hidden(
+        self,
+        tokens_BT: jax.Array,
+        segments_BT: jax.Array,
+        positions_BT: jax.Array,
+        seeds_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Hidden states that predict the token after each position, [B, T, D]: in the order of the tokens, whole."""
-        return cut(tokens_BT.shape[1]).natural(self.backbone(tokens_BT, segments_BT, positions_BT))
+        return cut(tokens_BT.shape[1]).natural(self.backbone(tokens_BT, segments_BT, positions_BT, seeds_B))
 
     def logp(
         self,

@@ -107,7 +107,7 @@ def their_logits(model: Any, tokens_BT: np.ndarray, mask_BT: np.ndarray | None =
 
 
 def mesh(**axes: int) -> jax.sharding.Mesh:
-    return make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "tensor": 1, **axes}))
+    return make_mesh(MeshConfig(**{"data": 1, "fsdp": 1, "context": 1, "tensor": 1, **axes}))
 
 
 def read(folder: Path) -> tuple[ModelConfig, Params]:

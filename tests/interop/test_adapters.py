@@ -18,6 +18,7 @@ from jaxgpt.config.schema import LoraConfig, ModelConfig
 from jaxgpt.interop.adapters import write_adapters
 from jaxgpt.interop.export import choose_family
 from jaxgpt.interop.weights import write_weights
+from jaxgpt.mesh import AXES
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.lora import merged, split
 
@@ -79,7 +80,7 @@ def exported(name: str, targets: tuple[str, ...], home: Path) -> None:
     lora = LoraConfig(rank=3, alpha=5.0, targets=tuple(t for t in targets if t != "gate" or model.gated))
     family = choose_family(model, "language")
     assert family.causal == name
-    with jax.set_mesh(jax.make_mesh((1, 2, 2), ("data", "fsdp", "tensor"), devices=jax.devices()[:4])):
+    with jax.set_mesh(jax.make_mesh((1, 2, 1, 2), AXES, devices=jax.devices()[:4])):
         params = random_params(language_model(model, 40, lora=lora), seed=0)
         adapters, base = split(params)
         for part, tree in (("base", base), ("merged", jax.jit(merged, static_argnums=1)(params, lora))):

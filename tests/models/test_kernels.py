@@ -10,13 +10,16 @@ from jax import P
 from jax.sharding import NamedSharding
 from tiny_models import assert_close, mesh_of
 
-from jaxgpt.mesh import BATCH
+from jaxgpt.mesh import BATCH, LAYOUT
 from jaxgpt.models import kernels
 from jaxgpt.models.attention import attend
 from jaxgpt.models.layers import ACTIVATIONS
 
-B, T, H, K = 4, 6, 4, 3
+B, T, H, K = 4, 8, 4, 3
 ROWS = P(BATCH, None, None)
+WIDTH = LAYOUT["width"]
+TIMES = {"whole": None, "split": ("context",), "as the stream": ("context", "tensor")}
+"""How the time of activations may lie."""
 
 
 @pytest.fixture(params=["by hand", "plain"])
@@ -25,9 +28,10 @@ def way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture(params=[(1, 1, 1), (2, 2, 2)], ids=str)
+@pytest.fixture(params=[(1, 1, 1, 1), (2, 1, 2, 2), (1, 2, 2, 2)], ids=str)
 def mesh(request):
-    return mesh_of(*request.param)
+    data, fsdp, context, tensor = request.param
+    return mesh_of(data, fsdp, tensor, context)
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -51,24 +55,62 @@ def assert_same(mesh, function, formula, arrays, specs) -> None:
         (_, found), gradient = both(function)(*placed)
     assert_close(found, expected)
     assert_close(gradient, expected_gradient)
-    assert [g.sharding.spec for g in gradient] == list(specs)
+    assert [g.sharding.spec for g in gradient] == [x.sharding.spec for x in placed]
 
 
+@pytest.mark.parametrize("time", TIMES.values(), ids=TIMES)
 @pytest.mark.parametrize(
     ("outputs", "spec"),
     [((20,), ("tensor",)), ((4,), ("tensor",)), ((H, K), ("tensor", None)), ((1, K), (None, None))],
     ids=["wide", "narrow", "heads", "one head for all"],
 )
-def test_project(way, mesh, outputs, spec):
+def test_project(way, mesh, outputs, spec, time):
     arrays = normal(B, T, 8), normal(8, *outputs)
-    assert_same(mesh, kernels.project, lambda x, w: jnp.tensordot(x, w, 1), arrays, (ROWS, P(None, *spec)))
+    specs = P(BATCH, time, None), P(WIDTH, *spec)
+    assert_same(mesh, lambda x, w: kernels.project(x, w)[0], lambda x, w: jnp.tensordot(x, w, 1), arrays, specs)
 
 
+@pytest.mark.parametrize("time", TIMES.values(), ids=TIMES)
+def test_one_projection_by_several_matrices(way, mesh, time):
+    arrays = normal(B, T, 8), normal(8, 20), normal(8, H, K), normal(8, 1, K)
+    specs = P(BATCH, time, None), P(WIDTH, "tensor"), P(WIDTH, "tensor", None), P(WIDTH, None, None)
+
+    def joined(products):
+        return jnp.concatenate([jax.sharding.reshard(y, P(*(None,) * y.ndim)).reshape(B, T, -1) for y in products], -1)
+
+    def function(x, *ws):
+        return joined(kernels.project(x, *ws))
+
+    def formula(x, *ws):
+        return jnp.concatenate([jnp.tensordot(x, w, 1).reshape(B, T, -1) for w in ws], -1)
+
+    assert_same(mesh, function, formula, arrays, specs)
+
+
+@pytest.mark.parametrize("time", [None, ("context",)], ids=["whole", "split"])
 @pytest.mark.parametrize("inner", [(H, K), (20,), (4,)], ids=["heads", "wide", "narrow"])
-def test_contract(way, mesh, inner):
+def test_contract(way, mesh, inner, time):
     arrays, rest = (normal(B, T, *inner), normal(*inner, 8)), (None,) * (len(inner) - 1)
-    specs = P(BATCH, None, "tensor", *rest), P("tensor", *rest, None)
+    specs = P(BATCH, time, "tensor", *rest), P("tensor", *rest, WIDTH)
     assert_same(mesh, kernels.contract, lambda x, w: jnp.tensordot(x, w, len(inner)), arrays, specs)
+
+
+@pytest.mark.parametrize("time", [None, ("context",)], ids=["whole", "split"])
+def test_lookup(mesh, time):
+    tokens = np.random.default_rng(0).integers(0, 6, (B, T)).astype(np.int32)
+
+    def function(table):
+        return kernels.lookup(table, jax.device_put(tokens, NamedSharding(mesh, P(BATCH, time))), jnp.float32)
+
+    assert_same(mesh, function, lambda table: table[tokens], (normal(6, 8),), (P("tensor", WIDTH),))
+
+
+def test_the_gradient_of_a_lookup_is_summed_in_float32():
+    with jax.set_mesh(mesh_of()):
+        tokens = jnp.zeros((1, 1024), jnp.int32, out_sharding=P(BATCH, "context"))
+        table = jax.device_put(jnp.ones((2, 1)), NamedSharding(mesh_of(), P("tensor", WIDTH)))
+        gradient = jax.grad(lambda w: jnp.sum(kernels.lookup(w, tokens, jnp.bfloat16).astype(jnp.float32)))(table)
+    assert gradient[0, 0] == 1024.0  # ones summed in bfloat16 stop at 256
 
 
 def softmax_attention(seen_BTS, softcap):
@@ -86,7 +128,9 @@ def softmax_attention(seen_BTS, softcap):
 
 @pytest.mark.parametrize(("groups", "softcap"), [(4, None), (2, None), (1, None), (2, 1.5)])
 def test_attention(way, mesh, groups, softcap):
-    segments = np.array([[1, 1, 1, 2, 2, 2], [0, 0, 1, 1, 1, 1], [1] * 6, [3, 3, 3, 3, 3, 4]], np.int32)
+    segments = np.array(
+        [[1, 1, 1, 1, 2, 2, 2, 2], [0, 0, 1, 1, 1, 1, 1, 1], [1] * 8, [3, 3, 3, 3, 3, 3, 3, 4]], np.int32
+    )
     behind = np.arange(T)[:, None] - np.arange(T)[None, :]
     seen = (behind >= 0) & (behind < 4) & (segments[:, :, None] == segments[:, None, :])
 
@@ -134,7 +178,7 @@ def test_a_product_asked_for_in_float32_is_summed_in_float32(way):
     with jax.set_mesh(mesh):
         x = jax.device_put(jnp.ones((1, 1, 3), jnp.bfloat16), NamedSharding(mesh, ROWS))
         w = jnp.asarray([[256.0], [1.0], [2**-7]], jnp.bfloat16)
-        y, pull = jax.vjp(lambda x, w: kernels.project(x, w, jnp.float32), x, w)
+        y, pull = jax.vjp(lambda x, w: kernels.project(x, w, dtype=jnp.float32)[0], x, w)
         dx, dw = pull(jnp.ones_like(y))
     assert y.dtype == jnp.float32
     assert float(y[0, 0, 0]) == 257.0078125

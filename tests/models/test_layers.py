@@ -7,23 +7,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformer_reference as reference
+from jax import P
 from jax.sharding import NamedSharding
 from tiny_models import VOCAB, assert_close, drawn, exact, mesh_of, place, rows, tiny
 
-from jaxgpt.mesh import batch_spec
+from jaxgpt.mesh import BATCH, TIME, batch_spec
 from jaxgpt.models.heads import language_model
-from jaxgpt.models.layers import dropout, scales
+from jaxgpt.models.layers import Dropout, dropout, scales
 
 CONFIG = tiny(layers=4, attention={"windows": (None, 3)})  # two layers in one turn of the scan
 
 
-def dropped(seeds, site: int, rate: float, shape=(8, 50, 40), mesh_shape=(2, 2, 2)) -> np.ndarray:
+def dropped(seeds, site: int, rate: float, shape=(8, 50, 40), mesh_shape=(2, 2, 2), slots=None) -> np.ndarray:
     """Dropout of ones."""
-    mesh = mesh_of(*mesh_shape)
+    mesh, slots = mesh_of(*mesh_shape), np.arange(shape[1], dtype=np.int32) if slots is None else slots
+
+    def drop(ones, seeds):
+        return dropout(ones, Dropout(rate, seeds, slots), jnp.int32(site))
+
     with jax.set_mesh(mesh):
-        ones = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, batch_spec(3)))
+        ones = jax.device_put(np.ones(shape, np.float32), NamedSharding(mesh, P(BATCH, TIME, None)))
         seeds = jax.device_put(np.asarray(seeds, np.uint32), NamedSharding(mesh, batch_spec(1)))
-        return np.asarray(jax.jit(dropout, static_argnums=3)(ones, seeds, jnp.int32(site), rate))
+        return np.asarray(jax.jit(drop)(ones, seeds))
 
 
 SEEDS = [7, 0, 3, 2**32 - 1, 7, 5, 6, 8]
@@ -37,12 +42,14 @@ def test_the_rate_is_the_share_of_zeros_and_the_mean_stays(rate):
     np.testing.assert_allclose(np.unique(y), [0.0, 1 / (1 - rate)], rtol=1e-6)
 
 
-def test_the_mask_is_the_row_seeds_and_the_sites_alone():
+def test_the_mask_is_the_row_seeds_the_places_and_the_sites_alone():
     y = dropped(SEEDS, 0, 0.5)
     np.testing.assert_array_equal(y[0], y[4])  # one seed, one mask
     assert len({row.tobytes() for row in y}) == 7
     np.testing.assert_array_equal(y[::-1], dropped(SEEDS[::-1], 0, 0.5))
     np.testing.assert_array_equal(y[:3], dropped(SEEDS[:3], 0, 0.5, (3, 50, 40), (1, 1, 1)))
+    order = np.random.default_rng(0).permutation(50).astype(np.int32)
+    np.testing.assert_array_equal(y[:, order], dropped(SEEDS, 0, 0.5, mesh_shape=(2, 1, 2, 2), slots=order))
     other = dropped(SEEDS, 1, 0.5)
     assert np.mean((y == 0.0) & (other == 0.0)) == pytest.approx(0.25, abs=0.02)
 
@@ -73,7 +80,8 @@ def test_dropout_is_on_the_embedding_and_on_what_enters_the_residual_stream(batc
 
         def drop(y: np.ndarray, site: int, row: int = row) -> np.ndarray:
             key = jax.random.fold_in(jax.random.key(int(batch["seeds"][row])), site)
-            return y * np.asarray(jax.random.bernoulli(key, 0.7, y.shape)) / 0.7
+            keys = (jax.random.fold_in(key, slot) for slot in range(len(y)))
+            return y * np.stack([jax.random.bernoulli(one, 0.7, y.shape[1:]) for one in keys]) / 0.7
 
         inputs = (batch[key][row] for key in ("tokens", "segments", "positions"))
         assert_close(with_dropout[row], reference.hidden(CONFIG, params["backbone"], *inputs, drop=drop))
@@ -86,6 +94,7 @@ def test_a_model_drops_the_same_however_the_batch_is_cut(batch, with_dropout):
 
 def test_a_model_drops_the_same_on_every_mesh(batch, with_dropout):
     assert_close(hidden(batch, 0.3, 2, 2, 2), with_dropout)
+    assert_close(hidden(batch, 0.3, 1, 2, 2, 2), with_dropout)
 
 
 def test_without_seeds_or_without_rate_the_program_has_no_dropout(batch):

@@ -8,7 +8,7 @@ import pytest
 from jax import P
 from tiny_models import VOCAB, assert_close, loss_and_gradient, mesh_of, rows, tiny
 
-from jaxgpt.mesh import check_model
+from jaxgpt.mesh import LAYOUT, check_model
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import count
 
@@ -28,6 +28,8 @@ MODEL = tiny(
     tied=False,
 )
 MESHES = [(1, 4, 2), (2, 2, 2), (1, 1, 8), (8, 1, 1)]
+
+WIDTH = LAYOUT["width"]
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +107,11 @@ def test_parameters_lie_where_the_design_says(mesh222):
         net = language_model(MODEL, VOCAB)
     specs = jax.tree.map(lambda leaf: leaf.sharding.spec, net.abstract)
     block = specs["backbone"]["blocks"]
-    assert specs["backbone"]["embed_VD"] == specs["unembed_VD"] == P("tensor", "fsdp")
-    assert block["attention"]["q_DHK"] == block["attention"]["k_DGK"] == P(None, "fsdp", "tensor", None)
-    assert block["attention"]["o_HKD"] == P(None, "tensor", None, "fsdp")
-    assert block["mlp"]["up_DF"] == block["mlp"]["gate_DF"] == P(None, "fsdp", "tensor")
-    assert block["mlp"]["down_FD"] == P(None, "tensor", "fsdp")
+    assert specs["backbone"]["embed_VD"] == specs["unembed_VD"] == P("tensor", WIDTH)
+    assert block["attention"]["q_DHK"] == block["attention"]["k_DGK"] == P(None, WIDTH, "tensor", None)
+    assert block["attention"]["o_HKD"] == P(None, "tensor", None, WIDTH)
+    assert block["mlp"]["up_DF"] == block["mlp"]["gate_DF"] == P(None, WIDTH, "tensor")
+    assert block["mlp"]["down_FD"] == P(None, "tensor", WIDTH)
     assert block["attention_norm"]["scale_D"] == P(None, None)
 
 

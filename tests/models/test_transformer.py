@@ -164,7 +164,7 @@ def test_remat_policies_recompute_nothing_then_attention_then_all_that_is_needed
             return str(jax.make_jaxpr(total)(net.abstract, *place(rows(1, 4), mesh))).count("dot_general[")
 
     none, dots, full = (products(remat) for remat in ("none", "dots", "full"))
-    assert dots - none == 2  # scores and weighted values
+    assert dots - none == (2 if by_hand else 1)  # scores, and what is weighted by them where one rule makes both
     assert full - none == 8  # and queries, keys, values, attention's output, gate and up
 
 
