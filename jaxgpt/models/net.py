@@ -32,7 +32,7 @@ def functional(build: Callable[[nnx.Rngs], nnx.Module]) -> Net:
     def construct(key: jax.Array) -> nnx.Module:
         return build(nnx.Rngs(params=key))
 
-    graph, state = nnx.split(jax.eval_shape(construct, jax.random.key(0)))
+    graph, state = nnx.split(jax.eval_shape(lambda: construct(jax.random.key(0))))
     return Net(
         init=lambda key: nnx.to_pure_dict(nnx.state(construct(key))),
         bind=lambda params: nnx.merge(graph, params),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxgpt.config.schema import LearnedPositions, LoraConfig, ModelConfig, RopePositions
+from jaxgpt.mesh import platform
 from jaxgpt.models.attention import Attention, attend, rope_tables
 from jaxgpt.models.kernels import ATTENDED, PRODUCT, lookup
 from jaxgpt.models.layers import Draw, Dropout, Mlp, Norm, dropout
@@ -89,7 +90,7 @@ def unstack(blocks: Block, count: int) -> list[Block]:
 
 def compute_dtype(c: ModelConfig) -> jnp.dtype:
     """Arithmetic of the blocks on this machine."""
-    name = c.dtype if c.dtype != "auto" else ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    name = c.dtype if c.dtype != "auto" else ("float32" if platform() == "cpu" else "bfloat16")
     return jnp.dtype(name)
 
 
