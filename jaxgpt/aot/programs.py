@@ -100,8 +100,8 @@ class _Maker:
         """The training step."""
         rate = schedule(section.optimizer, 1000)
         step = make_step(loss, tx, rate, section.accumulate)
-        extras = {"kl_coef": jnp.float32(0.0)} if isinstance(section, RolloutConfig) else {}
-        state = jax.eval_shape(lambda params: initial_state(params, tx, extras), params)
+        coef = {"kl_coef": jax.ShapeDtypeStruct((), jnp.float32)} if isinstance(section, RolloutConfig) else {}
+        state = jax.eval_shape(lambda params, extras: initial_state(params, tx, extras), params, coef)
         if section.accumulate == 1:
             return Program("update", step, (state, batch, frozen))
         weights = jax.eval_shape(step.weigh, params, frozen, batch)

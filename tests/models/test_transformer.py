@@ -86,7 +86,18 @@ FAMILIES = {
 }
 
 
-MESHES = {"palm": (2, 1, 2), "llama31": (1, 2, 2), "rms_bias": (1, 2, 2)}  # one key head for two devices
+MESHES = {
+    "palm": (2, 1, 2),  # one key head for two devices
+    "llama31": (1, 2, 2, 2),
+    "rms_bias": (1, 2, 2),
+    "llama": (1, 1, 2, 2),
+    "gemma2": (1, 2, 2, 2),
+    "gpt3": (2, 1, 1, 2),
+    "gpt2": (1, 1, 2, 4),
+    "qwen3": (1, 1, 1, 4),
+    "qk_norm_learned": (1, 2, 1, 2),
+}
+"""Devices along data, fsdp, tensor and context; one where there is no entry."""
 
 
 def objective(logits_BTV, weights_BTV):

@@ -72,7 +72,7 @@ def drawn(shapes):
     return jax.tree_util.tree_map_with_path(draw, abstract(shapes))
 
 
-def trained(name: str, shape: tuple[int, int, int], accumulate: int):
+def trained(name: str, shape: tuple[int, ...], accumulate: int):
     """Metrics of three updates, and the parameters behind them."""
     mesh = mesh_of(*shape)
     with jax.set_mesh(mesh):
@@ -97,18 +97,40 @@ def trained(name: str, shape: tuple[int, int, int], accumulate: int):
         return reports, jax.device_get(state.params)
 
 
-@pytest.mark.parametrize("name", ["next_token", "ranking", "ppo"])
-def test_cuts_and_meshes_agree(name):
-    reports, params = trained(name, (1, 1, 1), 1)
+@pytest.fixture(scope="module", params=["next_token", "ranking", "ppo"])
+def alone(request):
+    """A loss's name, and what one device makes of it."""
+    return request.param, *trained(request.param, (1, 1, 1), 1)
+
+
+def assert_agree(alone, shape: tuple[int, ...], accumulate: int) -> None:
+    name, reports, params = alone
+    others, found = trained(name, shape, accumulate)
+    for one, other in zip(reports, others, strict=True):
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_allclose(other[key], one[key], rtol=1e-5, atol=1e-5, err_msg=f"{key} {shape}")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, params)
+
+
+def test_cuts_and_meshes_agree(alone):
+    _, reports, _ = alone
     assert all(np.isfinite(value) for report in reports for value in report.values())
     assert reports[0]["loss"] != reports[2]["loss"]
-    for shape, accumulate in (((1, 4, 2), 2), ((2, 2, 2), 4)):
-        others, found = trained(name, shape, accumulate)
-        for one, other in zip(reports, others, strict=True):
-            assert one.keys() == other.keys()
-            for key in one:
-                np.testing.assert_allclose(other[key], one[key], rtol=1e-5, atol=1e-5, err_msg=f"{key} {shape}")
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), found, params)
+    for shape, accumulate in (((2, 2, 2), 2), ((1, 2, 2, 2), 4)):
+        assert_agree(alone, shape, accumulate)
+
+
+EIGHT = [(8, 1, 1), (1, 8, 1), (2, 4, 1), (1, 4, 2), (2, 2, 2), (1, 2, 1, 4), (2, 1, 1, 4), (1, 1, 2, 4), (2, 1, 2, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("shape", EIGHT, ids=str)
+def test_every_way_to_lay_out_eight_devices_agrees(alone, shape, accumulate):
+    if B // accumulate % (shape[0] * shape[1]):
+        pytest.skip("a part has fewer rows than devices")
+    assert_agree(alone, shape, accumulate)
 
 
 def test_a_batch_counts_by_its_weights_however_it_is_cut():

@@ -26,8 +26,9 @@ TX = optax.adamw(1e-2)
 
 
 def mesh_of(*shape: int) -> jax.sharding.Mesh:
-    data, fsdp, tensor = shape
-    return make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor))
+    """Of (data, fsdp, tensor), and context where it is not 1."""
+    data, fsdp, tensor, context = (*shape, 1)[:4]
+    return make_mesh(MeshConfig(data=data, fsdp=fsdp, context=context, tensor=tensor))
 
 
 def init(hidden: int = HIDDEN) -> dict[str, jax.Array]:
