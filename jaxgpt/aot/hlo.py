@@ -14,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+ACROSS = "send"
+"""The kind of what goes from one slice of a TPU to another, through their hosts."""
 BYTES = {
     "pred": 1, "s8": 1, "u8": 1, "s4": 1, "u4": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2,
     "f32": 4, "s32": 4, "u32": 4, "f64": 8, "s64": 8, "u64": 8,
@@ -45,7 +47,7 @@ def computations(text: str) -> dict[str, list[str]]:
     for line in text.splitlines():
         if head := _HEAD.match(line):
             lines = found.setdefault("ENTRY" if line.startswith("ENTRY") else head[1], [])
-        elif line.startswith("}"):
+        elif line.rstrip() == "}":
             lines = []
         else:
             lines.append(line)
@@ -98,7 +100,8 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
         for line in lines:
             match = _INSTRUCTION.match(line)
             kind = None if match is None else match[3].removesuffix("-start")
-            if match is None or kind not in KINDS or not times.get(name):
+            across = kind == ACROSS and "megascale" in line
+            if match is None or not (kind in KINDS or across) or not times.get(name):
                 continue
             channel = re.search(r"channel_id=(\d+)", line)
             shape = re.sub(r"^%", "", match[2])
@@ -108,7 +111,7 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             key = (channel[1] if channel else match[1], shape)
             old = seen.get(key)
             count = max(times[name], old[2] if old else 0)
-            seen[key] = (kind, _axes(line, mesh), count, size)
+            seen[key] = (kind, ("data",) if across else _axes(line, mesh), count, size)
     totals: dict[tuple[str, tuple[str, ...]], list[int]] = {}
     for kind, axes, count, size in seen.values():
         total = totals.setdefault((kind, axes), [0, 0])

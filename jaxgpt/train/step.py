@@ -127,6 +127,8 @@ def _accumulated(count: int) -> Callable[..., Any]:
 
         def add(total: Any, part: Batch) -> tuple[Any, None]:
             (grads, figures), (more, others) = total, one(part, weights)
+            # else the TPU compiler tries to sum over devices behind the loop, and fails where that sum is scattered
+            more = jax.lax.optimization_barrier(more)
             figures = jax.tree.map(operator.add, figures, others, is_leaf=lambda x: hasattr(x, "reported"))
             return (jax.tree.map(jnp.add, grads, more), figures), None
 
