@@ -1,5 +1,5 @@
-"""Splash attention, interpreted, against the reference in float32: packing, grouped keys, windows, soft caps, padding of
-narrow heads, and queries split over devices."""
+"""Splash attention, interpreted, against the reference in float32: packing, grouped keys, windows, soft caps, narrow
+heads filled up, and queries split over devices."""
 
 from __future__ import annotations
 
