@@ -1,0 +1,159 @@
+"""The meshes that so many devices can be laid out as, what speaks against each, and how fast each would be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from jaxgpt.config.schema import Config, RolloutConfig
+from jaxgpt.plan.chips import Target
+from jaxgpt.plan.memory import Memory, memory
+from jaxgpt.plan.roofline import Time, times
+from jaxgpt.plan.weights import Mesh
+from jaxgpt.plan.work import Program, Work, work
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh that divides a stage, with what it takes."""
+
+    mesh: Mesh
+    memory: Memory
+    times: tuple[Time, ...]
+    """Of each program, once."""
+    fits: bool
+
+    def seconds(self, plan: Work, mfu: float, reached: float) -> float:
+        """Of the whole stage, or where its length is not known of one round of its programs."""
+        once = zip(plan.programs, self.times, strict=True)
+        return sum((program.times or 1) * time.expected(mfu, reached) for program, time in once)
+
+
+def shapes(devices: int) -> Iterator[Mesh]:
+    """Every mesh of so many devices."""
+    for data in divisors(devices):
+        for fsdp in divisors(devices // data):
+            for context in divisors(devices // data // fsdp):
+                yield Mesh(data, fsdp, context, devices // data // fsdp // context)
+
+
+def divisors(n: int) -> list[int]:
+    """From 1 to n."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def problems(plan: Work, mesh: Mesh, target: Target) -> list[str]:
+    """What keeps a stage from a mesh, in the words of the settings that would have to change; the rules of
+    `jaxgpt.mesh`."""
+    found = []
+    if mesh.data % target.slices:
+        found.append(f"mesh.data is no multiple of {target.slices} slices, which only data goes across")
+    for model in plan.models.values():
+        c = model.config
+        wanted = (
+            ("model.width", c.width, "mesh.fsdp x mesh.context", mesh.width),
+            ("model.attention.heads", c.attention.heads, "mesh.tensor", mesh.tensor),
+            ("model.attention.kv_heads", c.kv_heads, "mesh.tensor", 1 if c.kv_heads == 1 else mesh.tensor),
+            ("model.mlp.width", c.hidden, "mesh.tensor", mesh.tensor),
+            ("model.vocab", model.vocab, "mesh.tensor", mesh.tensor),
+        )
+        found += [f"{name} {size} does not divide by {axes}" for name, size, axes, ways in wanted if size % ways]
+    for program in plan.programs:
+        for rows in program.reads:
+            if rows.rows % mesh.rows:
+                found.append(f"{_rows(plan, program)} {rows.rows} does not divide by mesh.data x mesh.fsdp")
+            if program.kind != "generate" and mesh.context > 1 and rows.tokens % (2 * mesh.context):
+                found.append(f"rows of {rows.tokens} tokens do not divide by 2 x mesh.context")
+    return list(dict.fromkeys(found))
+
+
+def _rows(plan: Work, program: Program) -> str:
+    name = plan.name
+    if program.kind == "train":
+        return f"{name}.batch / {name}.accumulate" if program.parts > 1 else f"{name}.batch"
+    return f"{name}.rollout_batch" if any(p.kind == "generate" for p in plan.programs) else f"{name}.batch"
+
+
+def layouts(
+    config: Config, stage: str, target: Target, plan: Work | None = None
+) -> tuple[list[Layout], dict[str, int]]:
+    """The meshes that divide a stage, and for the others how many each reason leaves out."""
+    plan = plan or work(config, stage)
+    found, reasons = [], dict[str, int]()
+    for mesh in shapes(target.devices):
+        against = problems(plan, mesh, target)
+        for reason in against:
+            reasons[reason] = reasons.get(reason, 0) + 1
+        if against or _idle(plan, mesh):
+            continue
+        room = memory(config, stage, mesh, target.chip, plan)
+        fits = target.chip.hbm is None or room.peak <= target.chip.hbm
+        found.append(Layout(mesh, room, times(plan, mesh, target), fits))
+    return found, dict(sorted(reasons.items(), key=lambda one: -one[1]))
+
+
+def _idle(plan: Work, mesh: Mesh) -> bool:
+    """Whether sequences are cut shorter than attention kernels work with, for no gain."""
+    return mesh.context > 1 and any(
+        rows.tokens // mesh.context < 256 for program in plan.programs for rows in program.reads
+    )
+
+
+def ranked(found: Sequence[Layout], plan: Work, mfu: float, reached: float) -> list[Layout]:
+    """Those that fit first, then by time; of equal times the one with the least traffic between devices."""
+
+    def order(layout: Layout) -> tuple[bool, float, float]:
+        traffic = sum(time.ici + time.dcn for time in layout.times)
+        return not layout.fits, round(layout.seconds(plan, mfu, reached), 9), traffic
+
+    return sorted(found, key=order)
+
+
+def changes(config: Config, stage: str, target: Target) -> Iterator[tuple[str, Config]]:
+    """Settings that take less memory, the cheapest first, each laid on those before it."""
+    section = getattr(config, stage)
+    now = config
+
+    def model(**values: object) -> Config:
+        return now.model_copy(update={"model": now.model.model_copy(update=values)})
+
+    def part(**values: object) -> Config:
+        return now.model_copy(update={stage: getattr(now, stage).model_copy(update=values)})
+
+    if config.model.dtype == "float32" and target.chip.kind != "cpu":
+        now = model(dtype="bfloat16")
+        yield "model.dtype=bfloat16", now
+    if isinstance(section, RolloutConfig) and section.frozen_dtype == "float32":
+        now = part(frozen_dtype="bfloat16")
+        yield f"{stage}.frozen_dtype=bfloat16", now
+    order = ("none", "dots", "full")
+    for remat in order[order.index(config.model.remat) + 1 :] if config.model.remat in order else ("full",):
+        now = model(remat=remat)
+        yield f"model.remat={remat}", now
+    for _ in range(6):
+        section = getattr(now, stage)
+        if section.batch % (2 * section.accumulate):
+            break
+        now = part(accumulate=2 * section.accumulate)
+        yield f"{stage}.accumulate={2 * section.accumulate}", now
+    if isinstance(section, RolloutConfig):
+        for _ in range(6):
+            section = getattr(now, stage)
+            size = section.rollout_batch or section.episodes
+            if size % 2 or (size // 2) % section.responses:
+                break
+            now = part(rollout_batch=size // 2)
+            yield f"{stage}.rollout_batch={size // 2}", now
+
+
+def advice(config: Config, stage: str, target: Target, plan: Work) -> list[str]:
+    """The least settings of `changes` with which the stage fits, in their order; where none do, what is left to do."""
+    told: dict[str, str] = {}
+    for words, changed in changes(config, stage, target):
+        setting, _, value = words.partition("=")
+        told[setting] = value
+        altered = work(changed, stage)
+        found, _ = layouts(changed, stage, target, altered)
+        if any(layout.fits for layout in found):
+            return [f"{setting}={value}" for setting, value in told.items()]
+    return []
