@@ -25,6 +25,7 @@ from jaxgpt.config.options import (
     parse_options,
     parse_settings,
 )
+from jaxgpt.config.planned import Budgeted, Fitted, Planned
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
@@ -35,6 +36,7 @@ ALWAYS = ("name", "runs", "seed")
 STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
 ALL = tuple(Config.model_fields)
 CONFIG_USAGE = "FILE.yaml [group=name] [key.path=value ...]"
+PLAN_FLAGS = ("--chinchilla", "--isoflop")
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,31 @@ def _doctor(name: str, words: list[str]) -> int:
 
     keep_compiled()
     return examine(loaded.config)
+
+
+def _plan(name: str, words: list[str]) -> int:
+    """What a file's stages take, before anything is paid for; 1 where one does not fit."""
+    flags = [word for word in words if word in PLAN_FLAGS]
+    rest = [word for word in words if word not in PLAN_FLAGS]
+    if len(flags) > 1:
+        raise UserError(f"{' '.join(flags)}: one of them at a time")
+    if flags == ["--chinchilla"]:
+        from jaxgpt.plan.budget import plan_budget
+
+        return plan_budget(parse_settings(Budgeted, rest))
+    if flags == ["--isoflop"]:
+        runs, given = [word for word in rest if "=" not in word], [word for word in rest if "=" in word]
+        settings = parse_settings(Fitted, given)
+        from jaxgpt.plan.fitted import plan_fitted
+
+        return plan_fitted([_folder(run) for run in runs], settings)
+    own = [word for word in rest[1:] if word.partition("=")[0] in Planned.model_fields]
+    loaded = _load(name, [*rest[:1], *(word for word in rest[1:] if word not in own)])
+    options = parse_settings(Planned, own)
+    check_ready("config", loaded)
+    from jaxgpt.plan.verb import plan
+
+    return plan(Path(rest[0]), loaded.config, options)
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -255,7 +282,7 @@ def _overview() -> list[str]:
 def _verb_help(name: str, verb: Verb) -> list[str]:
     head = [f"jaxgpt {name} {verb.usage}", "", f"    {verb.doc}"]
     if verb.of_folder is not None:
-        title = "Settings with RUN_FOLDER" if verb.reads else "Settings"
+        title = "Settings with RUN_FOLDER" if verb.reads and name != "plan" else "Settings of its own"
         head += ["", f"{title}, as key = default (type)", *describe_settings(verb.of_folder)]
         if not verb.reads:
             return head
@@ -300,6 +327,13 @@ VERBS = {
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
     "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
+    "plan": Verb(
+        f"{CONFIG_USAGE} [target=v5p:4x4x8] | --chinchilla budget=1e21 | --isoflop RUN_FOLDER ...",
+        "What the file's stages take: parameters, FLOPs, bytes per chip, meshes, days, cost.",
+        _plan,
+        ALL,
+        of_folder=Planned,
+    ),
     "eval": Verb(
         f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN,... best_of=N,... frontier=STAGE,... "
         f"| {CONFIG_USAGE}",

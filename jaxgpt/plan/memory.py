@@ -28,7 +28,7 @@ from jaxgpt.plan.work import Model, Program, Rows, Work, work
 LOGITS = 2**28
 """Bytes of logits that a device holds at a time: MOST of models/vocabulary.py."""
 LANES = 128
-"""Pieces of a sequence have to be multiples of it for splash attention."""
+"""Of a TPU: pieces of a sequence have to be multiples of it for splash attention, and last dimensions are filled up."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def memory(config: Config, stage: str, mesh: Mesh, chip: Chip, plan: Work | None
     resident: dict[str, float] = {}
     for model in plan.models.values():
         for part, size in kept(model, mesh, chip).items():
-            resident[part] = resident.get(part, 0.0) + size
+            resident[part if len(plan.models) == 1 else f"{model.role} {part}"] = size
     uses = {program.name: _use(plan, program, mesh, chip) for program in plan.programs}
     policy = next(iter(plan.models.values()))
     host = 0.0
@@ -99,8 +99,7 @@ def kept(model: Model, mesh: Mesh, chip: Chip) -> dict[str, float]:
     """What a model keeps between programs."""
     learned = sum(stored(weight, mesh, chip) for weight in model.learned)
     if not model.trained:
-        name = "reward models" if model.role.startswith("reward") else model.role
-        return {name: sum(stored(w, mesh, chip, model.kept if len(w.shape) > 1 else 4) for w in model.weights)}
+        return {"frozen": sum(stored(w, mesh, chip, model.kept if len(w.shape) > 1 else 4) for w in model.weights)}
     frozen = 0.0 if model.lora is None else sum(stored(w, mesh, chip) for w in model.weights) - learned
     parts = {"parameters": learned + frozen, "optimizer": 2 * learned}
     return parts | ({"average": learned} if model.averaged else {})
@@ -143,6 +142,8 @@ class Share:
     """Key/value heads here."""
     kernel: bool
     """Whether attention keeps no scores."""
+    lanes: int
+    """Width of a head as it lies in memory."""
 
     @classmethod
     def of(cls, model: Model, rows: Rows, mesh: Mesh, chip: Chip) -> Share:
@@ -157,6 +158,7 @@ class Share:
         return cls(
             c, model.vocab, scalar, compute_bytes(c, chip), here, rows.tokens, here * time, stream,
             here * time * rows.predicted / rows.tokens, mesh.tensor, groups, has_kernel(c, rows.tokens, mesh, chip),
+            -(-c.head_dim // LANES) * LANES if chip.kind == "tpu" else c.head_dim,
         )  # fmt: skip
 
     @property
@@ -168,6 +170,21 @@ class Share:
     def hidden(self) -> int:
         """Feed-forward width here."""
         return self.c.hidden // self.tensor
+
+    @property
+    def attended(self) -> float:
+        """Bytes of the heads' results; a TPU fills the width of a head up to its lanes."""
+        return float(self.tokens * self.heads * self.lanes * self.size)
+
+    @property
+    def qkv(self) -> float:
+        """Bytes of queries, keys and values."""
+        return float(self.tokens * (self.heads + 2 * self.groups) * self.lanes * self.size)
+
+    @property
+    def widened(self) -> float:
+        """Bytes of the results of the feed-forward's first products."""
+        return float(self.tokens * self.hidden * (2 if self.c.gated else 1) * self.size)
 
     @property
     def scores(self) -> float:
@@ -202,36 +219,39 @@ def has_kernel(c: ModelConfig, tokens: int, mesh: Mesh, chip: Chip) -> bool:
 
 def block_keeps(s: Share, remat: str) -> float:
     """Bytes that one block keeps for its backward pass."""
-    c, K = s.c, s.c.head_dim
-    carried = s.stream * c.width * s.size
+    carried = s.stream * s.c.width * s.size
     if remat in ("full", "offload"):
         return carried
-    attended = s.tokens * s.heads * K * s.size
     if remat == "attention":
-        return carried + attended
-    qkv = s.tokens * (s.heads + 2 * s.groups) * K * s.size
-    up = s.tokens * s.hidden * (2 if c.gated else 1) * s.size
-    if remat == "dots":
-        return carried + attended + qkv + up + 2 * carried
+        return carried + s.attended
+    if remat == "dots":  # and the two results that go into the stream
+        return carried + s.qkv + s.attended + s.widened + 2 * carried
+    return _all_kept(s)
+
+
+def _all_kept(s: Share) -> float:
+    """Bytes that autodiff asks for in one block: of each norm three arrays in float32 and what the products are given,
+    queries, keys, values, what was attended to and its copy, of the feed-forward also the parts of its activation."""
+    c = s.c
     norms = 1 if c.residual == "parallel" and c.shared_norm else 2
-    normed = norms * (2 * s.stream * 4 + s.tokens * s.size) * c.width  # float32 inside, and what products are given
-    inner = s.tokens * s.hidden * s.size * (5 if c.gated else 3)  # the activation's own and its result
-    return carried + normed + attended + 2 * qkv + inner + s.scores + (4 * attended / s.size if s.scores else 0)
+    normed = norms * (3 * 4 * s.stream + s.tokens * s.size) * c.width
+    inner = (3 if c.gated else 4) * s.widened
+    return normed + s.qkv + 2 * s.attended + inner + s.scores * (1 if s.size == 4 else 1.5)
 
 
-def _block_works(s: Share, found: Sequence[Weight], mesh: Mesh, backward: bool) -> float:
-    """Bytes of one block at work beside what all keep: joined weights and activations, in the backward pass both with
-    their gradients."""
-    matrices = sum(weight.gathered(mesh) for weight in found if weight.layers and len(weight.shape) > 1) * s.size
-    inside = block_keeps(s, "none")
-    if not backward:
-        return 2 * matrices + inside + 2 * s.scores
-    return WEIGHTS * matrices + INSIDE * inside + 2 * s.scores
+def _block_works(s: Share, found: Sequence[Weight], mesh: Mesh, remat: str | None) -> float:
+    """Bytes of one block at work beside what all blocks keep; `remat` is None for a forward pass alone.
 
-
-WEIGHTS, INSIDE = 3.0, 1.5
-"""How often the joined weights and the activations of one block are there in its backward pass: weights of this block
-and of the one that is fetched meanwhile, and gradients; compared with compiled programs (see the README)."""
+    In the backward pass it has what a policy did not keep, and as many gradients; the numbers of copies are those of
+    compiled programs for TPUs (see the README).
+    """
+    joined = sum(weight.gathered(mesh) for weight in found if weight.layers and len(weight.shape) > 1) * s.size
+    wide, single = s.tokens * s.c.width * s.size, s.attended / s.size * 4
+    if remat is None:
+        return 2 * joined + 3 * wide + 2 * s.widened + s.qkv + s.attended + 2 * single + 2 * s.scores
+    again = 0.0 if remat == "none" else _all_kept(s) - (block_keeps(s, remat) if remat == "dots" else 0.0)
+    works = 3 * joined + 8 * wide + (2 if s.c.gated else 4) * s.widened + 8 * s.attended + 4 * single
+    return again + works + 2 * s.scores
 
 
 def _use(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> Use:
@@ -272,7 +292,7 @@ def _training(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> tuple[dic
         rows = s.vocab // mesh.tensor * c.width
         learns = model.lora is None
         head = max(head, (s.size + 4 * learns) * rows + 3 * s.logits[1] if s.logits[1] else 0.0)
-        block = max(block, _block_works(s, found, mesh, backward=True))
+        block = max(block, _block_works(s, found, mesh, c.remat))
         table = max(table, 2 * 4.0 * rows if learns else 4.0 * rows)
     held = gradients if program.parts > 1 else 0.0  # the sum of the parts before this one
     moments = {
@@ -290,7 +310,7 @@ def _scoring(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> dict[str, 
     for rows in program.reads:
         model = plan.models[rows.role]
         s = Share.of(model, rows, mesh, chip)
-        works = max(works, 2 * s.stream * model.config.width * s.size + _block_works(s, model.weights, mesh, False))
+        works = max(works, 2 * s.stream * model.config.width * s.size + _block_works(s, model.weights, mesh, None))
         head = max(head, s.vocab // mesh.tensor * model.config.width * 4 + 2 * s.logits[1])
     return {"one block": works, "embedding or head": head}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from jaxgpt.config.schema import Config, RolloutConfig
+from jaxgpt.config.schema import Config, ModelConfig, RolloutConfig
 from jaxgpt.plan.chips import Target
 from jaxgpt.plan.memory import Memory, memory
 from jaxgpt.plan.roofline import Time, times
@@ -146,13 +146,13 @@ def changes(config: Config, stage: str, target: Target) -> Iterator[tuple[str, C
             yield f"{stage}.rollout_batch={size // 2}", now
 
 
-def advice(config: Config, stage: str, target: Target, plan: Work) -> list[str]:
+def advice(config: Config, stage: str, target: Target, judge: ModelConfig | None = None) -> list[str]:
     """The least settings of `changes` with which the stage fits, in their order; where none do, what is left to do."""
     told: dict[str, str] = {}
     for words, changed in changes(config, stage, target):
         setting, _, value = words.partition("=")
         told[setting] = value
-        altered = work(changed, stage)
+        altered = work(changed, stage, judge=judge)
         found, _ = layouts(changed, stage, target, altered)
         if any(layout.fits for layout in found):
             return [f"{setting}={value}" for setting, value in told.items()]
