@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +50,8 @@ def problems(plan: Work, mesh: Mesh, target: Target) -> list[str]:
     found = []
     if mesh.data % target.slices:
         found.append(f"mesh.data is no multiple of {target.slices} slices, which only data goes across")
+    if not on_torus(mesh, target):
+        found.append(f"an axis that is no product of whole dimensions of {target.topology}")
     for model in plan.models.values():
         c = model.config
         wanted = (
@@ -65,6 +69,30 @@ def problems(plan: Work, mesh: Mesh, target: Target) -> list[str]:
             if program.kind != "generate" and mesh.context > 1 and rows.tokens % (2 * mesh.context):
                 found.append(f"rows of {rows.tokens} tokens do not divide by 2 x mesh.context")
     return list(dict.fromkeys(found))
+
+
+def on_torus(mesh: Mesh, target: Target) -> bool:
+    """Whether `jax.make_mesh` can lay a mesh on a slice: each axis on whole dimensions of the torus, the last one first
+    and on as many as there are. Dimensions are split on v5e alone, and only within one slice; small slices are rings.
+    """
+    chip, inside = target.chip, (mesh.data // target.slices, *mesh[1:])
+    if chip.kind != "tpu" or (chip.name == "v5e" and target.slices == 1) or target.near <= 8:
+        return True
+    free = [*target.shape, *([chip.devices] if chip.devices > 1 else [])]
+    for ways in reversed(inside):
+        chosen = next(
+            (
+                places
+                for number in range(len(free), 0, -1)
+                for places in itertools.combinations(range(len(free)), number)
+                if math.prod(free[place] for place in places) == ways
+            ),
+            None,
+        )
+        if chosen is None and ways > 1:
+            return False
+        free = [0 if chosen and place in chosen else size for place, size in enumerate(free)]
+    return True
 
 
 def _rows(plan: Work, program: Program) -> str:
