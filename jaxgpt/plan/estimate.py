@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from jaxgpt.errors import UserError
 from jaxgpt.plan.chips import Target
 from jaxgpt.plan.flops import Flops
 from jaxgpt.plan.memory import has_kernel
-from jaxgpt.plan.meshes import Layout, advice, layouts, problems, ranked
+from jaxgpt.plan.meshes import Advice, Layout, advice, layouts, problems, ranked
 from jaxgpt.plan.roofline import counted, flops_of
 from jaxgpt.plan.weights import Mesh, by_part, count
 from jaxgpt.plan.work import Work, work
@@ -36,8 +37,8 @@ class Estimate:
     """What speaks against that."""
     reasons: Mapping[str, int]
     """Why meshes were left out, and how many by each."""
-    advice: tuple[str, ...]
-    """Settings with which it would fit, where nothing does."""
+    advice: Advice | None
+    """What to change, where nothing fits."""
     options: Planned
 
     @property
@@ -85,7 +86,7 @@ def estimate(
     refused = tuple(problems(plan, asked, target)) if asked is not None else ()
     found, reasons = layouts(config, stage, target, plan)
     found = ranked(found, plan, options.mfu, options.reached)
-    told = () if any(layout.fits for layout in found) else tuple(advice(config, stage, target, judge))
+    told = None if any(layout.fits for layout in found) else advice(config, stage, target, judge)
     return Estimate(
         plan, target, flops_of(plan.models[rows.role], rows), tuple(found), asked, refused, reasons, told, options
     )
@@ -101,7 +102,7 @@ def own_mesh(config: MeshConfig, target: Target) -> Mesh | None:
     if target.devices % fixed or ("auto" not in sizes and target.devices != fixed):
         raise UserError(
             f"{asked}: {fixed} devices, and {target.name} has {target.devices}; change the mesh, or another target, or "
-            "let the plan choose: mesh={}"
+            "let the plan choose: mesh=null"
         )
     return Mesh(*(target.devices // fixed if size == "auto" else size for size in sizes))
 
@@ -139,7 +140,7 @@ def as_json(found: Estimate) -> dict[str, Any]:
         "chip_hours": None if found.seconds is None else found.seconds / HOUR * found.target.chips,
         "cost": found.cost,
         "assumed": {"mfu": found.options.mfu, "reached": found.options.reached},
-        "advice": list(found.advice),
+        "advice": None if found.advice is None else dataclasses.asdict(found.advice),
         "left_out": dict(found.reasons),
         "notes": list(plan.notes),
         "meshes": [_layout(found, layout) for layout in found.layouts],

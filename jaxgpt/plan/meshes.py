@@ -128,11 +128,14 @@ def _idle(plan: Work, mesh: Mesh) -> bool:
 
 
 def ranked(found: Sequence[Layout], plan: Work, mfu: float, reached: float) -> list[Layout]:
-    """Those that fit first, then by time; of equal times the one with the least traffic between devices."""
+    """Those that fit first, by time, and of equal times the one with the least traffic between devices; those that do
+    not by their memory."""
 
     def order(layout: Layout) -> tuple[bool, float, float]:
+        if not layout.fits:
+            return True, layout.memory.peak, 0.0
         traffic = sum(time.ici + time.dcn for time in layout.times)
-        return not layout.fits, round(layout.seconds(plan, mfu, reached), 9), traffic
+        return False, round(layout.seconds(plan, mfu, reached), 9), traffic
 
     return sorted(found, key=order)
 
@@ -174,14 +177,30 @@ def changes(config: Config, stage: str, target: Target) -> Iterator[tuple[str, C
             yield f"{stage}.rollout_batch={size // 2}", now
 
 
-def advice(config: Config, stage: str, target: Target, judge: ModelConfig | None = None) -> list[str]:
-    """The least settings of `changes` with which the stage fits, in their order; where none do, what is left to do."""
-    told: dict[str, str] = {}
-    for words, changed in changes(config, stage, target):
-        setting, _, value = words.partition("=")
-        told[setting] = value
-        altered = work(changed, stage, judge=judge)
-        found, _ = layouts(changed, stage, target, altered)
-        if any(layout.fits for layout in found):
-            return [f"{setting}={value}" for setting, value in told.items()]
-    return []
+@dataclass(frozen=True)
+class Advice:
+    """What to change where nothing fits."""
+
+    settings: tuple[str, ...]
+    least: float
+    """Bytes a device with them, on the mesh that takes the least."""
+    fits: bool
+
+
+def advice(config: Config, stage: str, target: Target, judge: ModelConfig | None = None) -> Advice | None:
+    """The first of `changes` with which the stage fits, or where none does all of them; None where no mesh divides."""
+    told, best = dict[str, str](), None
+    for words, changed in ((None, config), *changes(config, stage, target)):
+        if words is not None:
+            setting, _, value = words.partition("=")
+            told[setting] = value
+        found, _ = layouts(changed, stage, target, work(changed, stage, judge=judge))
+        if not found:
+            continue
+        least = min(layout.memory.peak for layout in found)
+        settings = tuple(f"{setting}={value}" for setting, value in told.items())
+        if best is None or least < best.least:
+            best = Advice(settings, least, any(layout.fits for layout in found))
+        if best.fits:
+            break
+    return best

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich.console import Console
@@ -15,7 +17,8 @@ from jaxgpt.plan.meshes import Layout
 from jaxgpt.plan.weights import PARTS, by_part, count
 from jaxgpt.plan.work import Model
 
-INDENT = 2
+INDENT, NAME, WIDE = 2, 16, 120
+"""Columns before everything, of names, and of the longest line."""
 
 
 def short(number: float) -> str:
@@ -54,12 +57,13 @@ def put(console: Console, made: Table) -> None:
 
 
 def line(console: Console, name: str, text: str, style: str = "") -> None:
-    """A name and what there is to say of it."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
-    made.add_column(min_width=15, no_wrap=True)
-    made.add_column(overflow="fold")
-    made.add_row(Text(name, style="dim"), Text(text, style=style))
-    put(console, made)
+    """A name and what there is to say of it, in lines as wide as the console."""
+    width = min(console.width, WIDE) - INDENT - NAME
+    for number, part in enumerate(textwrap.wrap(text, width, break_on_hyphens=False) or [""]):
+        shown = (
+            Text(" " * INDENT).append(f"{name if number == 0 else '':<{NAME}}", style="dim").append(part, style=style)
+        )
+        console.print(shown, soft_wrap=True)
 
 
 def title(console: Console, text: str) -> None:
@@ -69,7 +73,8 @@ def title(console: Console, text: str) -> None:
 
 
 def show_parameters(console: Console, models: Sequence[Model]) -> None:
-    """Parameters by part, a column for each model."""
+    """Parameters by part, a column for each model; of an ensemble of reward models one."""
+    models = [model for model in models if not model.role.startswith("reward ") or model.role == "reward 1"]
     made = table("parameters", *(model.role for model in models))
     found = [by_part(model.weights) for model in models]
     for part in PARTS:
@@ -164,16 +169,17 @@ def _show_meshes(console: Console, found: Estimate) -> None:
         )
     put(console, made)
     rest = len(found.layouts) - len(shown)
-    said = [f"{rest} more meshes divide"] if rest > 0 else []
+    said = [f"{rest} more meshes divide (meshes=N lists them)"] if rest > 0 else []
     said += ["* the file's"] if found.asked is not None and not found.refused else []
     if said:
-        console.print(Padding(Text("; ".join(said), style="dim"), (0, 0, 0, INDENT)))
+        line(console, "", "; ".join(said), "dim")
 
 
 def _show_left_out(console: Console, found: Estimate) -> None:
     if found.reasons:
-        told = [f"{reason} ({number})" for reason, number in found.reasons.items()]
-        line(console, "left out", "; ".join(told[:5]) + ("; ..." if len(told) > 5 else ""), "dim")
+        told = [f"{number} for {reason}" for reason, number in found.reasons.items()]
+        more = f"; {len(told) - 5} more reasons" if len(told) > 5 else ""
+        line(console, "meshes left out", "; ".join(told[:5]) + more, "dim")
 
 
 def _show_verdict(console: Console, found: Estimate) -> None:
@@ -182,15 +188,7 @@ def _show_verdict(console: Console, found: Estimate) -> None:
         line(console, "no mesh", f"of {target.devices} devices divides it: see what is left out", "bold red")
         return
     if not found.fits:
-        if found.advice:
-            line(console, "does not fit", f"it would with {' '.join(found.advice)}", "bold red")
-        else:
-            line(
-                console,
-                "does not fit",
-                "in any way of cutting it: take more chips, or ones with more memory",
-                "bold red",
-            )
+        line(console, "does not fit", _remedy(found), "bold red")
         return
     seconds = found.seconds or 0.0
     hours = seconds / HOUR * target.chips
@@ -203,6 +201,20 @@ def _show_verdict(console: Console, found: Estimate) -> None:
         "network's rates; mfu=... reached=...)",
         "bold",
     )
+
+
+def _remedy(found: Estimate) -> str:
+    """What to change where nothing fits."""
+    told = found.advice
+    assert told is not None, "nothing fits, and no mesh divides"
+    settings = " ".join(told.settings)
+    if told.fits:
+        return f"it would with {settings}"
+    hbm = found.target.chip.hbm or 1.0
+    chips = 2 ** math.ceil(math.log2(found.target.chips * told.least / hbm))
+    least = f"{gib(told.least)} GiB a device{settings and f', with {settings}'}"
+    more = f"{chips} such chips or more, chips with more memory, or a smaller model"
+    return f"however it is cut: the least is {least}. Take {more}"
 
 
 def show_total(console: Console, found: Iterable[Estimate], target: Target) -> None:

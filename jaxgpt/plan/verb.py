@@ -32,7 +32,7 @@ def plan(file: Path, config: Config, options: Planned, console: Console | None =
 
     Raises UserError for a target or a judge that is not known, and a config without stages.
     """
-    console = console or plain_console()
+    console = console or Console(highlight=False)
     target = machine(options)
     stages = [name for name in STAGES if getattr(config, name) is not None]
     if not stages:
@@ -48,12 +48,6 @@ def plan(file: Path, config: Config, options: Planned, console: Console | None =
     if options.out is not None:
         write(Path(options.out), [as_json(one) for one in found])
     return 0 if all(one.fits for one in found) else 1
-
-
-def plain_console() -> Console:
-    """One that does not cut lines where it is no terminal."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=max(console.width, 100))
 
 
 def machine(options: Planned) -> Target:
