@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt.config.describe import describe, explain, json_schema
+from jaxgpt.config.describe import describe, explain, json_schema, show_help
 from jaxgpt.config.fields import annotations, filled
 from jaxgpt.config.load import Loaded, load
 from jaxgpt.config.options import (
@@ -25,7 +25,7 @@ from jaxgpt.config.options import (
     parse_options,
     parse_settings,
 )
-from jaxgpt.config.planned import Budgeted, Fitted, Planned
+from jaxgpt.config.planned import Planned
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
@@ -36,7 +36,6 @@ ALWAYS = ("name", "runs", "seed")
 STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
 ALL = tuple(Config.model_fields)
 CONFIG_USAGE = "FILE.yaml [group=name] [key.path=value ...]"
-PLAN_FLAGS = ("--chinchilla", "--isoflop")
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _dispatch(words: list[str]) -> int:
     if first in ("-h", "--help", "help"):
         if first == "help" and rest:
             return _dispatch([rest[0], "--help"])
-        _show(_overview())
+        show_help(_overview())
         return 0
     if first == "--version":
         from importlib.metadata import version
@@ -91,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
     if verb is None:
         raise UserError(f"'{first}': no such verb.{nearest(first, VERBS)} Verbs: {', '.join(VERBS)}")
     if any(word in ("-h", "--help") for word in rest[: rest.index("--") if "--" in rest else None]):
-        _show(_verb_help(first, verb))
+        show_help(_verb_help(first, verb))
         return 0
     return verb.call(first, rest)
 
@@ -121,28 +120,18 @@ def _doctor(name: str, words: list[str]) -> int:
 
 
 def _plan(name: str, words: list[str]) -> int:
-    """What a file's stages take, before anything is paid for; 1 where one does not fit."""
-    flags = [word for word in words if word in PLAN_FLAGS]
-    rest = [word for word in words if word not in PLAN_FLAGS]
-    if len(flags) > 1:
-        raise UserError(f"{' '.join(flags)}: one of them at a time")
-    if flags == ["--chinchilla"]:
-        from jaxgpt.plan.budget import plan_budget
+    """What a file's stages take, 1 where one does not fit; or how a budget is best spent."""
+    if words and words[0].startswith("--"):
+        from jaxgpt.plan.scaling import scale
 
-        return plan_budget(parse_settings(Budgeted, rest))
-    if flags == ["--isoflop"]:
-        runs, given = [word for word in rest if "=" not in word], [word for word in rest if "=" in word]
-        settings = parse_settings(Fitted, given)
-        from jaxgpt.plan.fitted import plan_fitted
-
-        return plan_fitted([_folder(run) for run in runs], settings)
-    own = [word for word in rest[1:] if word.partition("=")[0] in Planned.model_fields]
-    loaded = _load(name, [*rest[:1], *(word for word in rest[1:] if word not in own)])
+        return scale(words, _folder)
+    own = [word for word in words[1:] if word.partition("=")[0] in Planned.model_fields]
+    loaded = _load(name, [word for word in words if word not in own])
     options = parse_settings(Planned, own)
     check_ready("config", loaded)
     from jaxgpt.plan.verb import plan
 
-    return plan(Path(rest[0]), loaded.config, options)
+    return plan(Path(words[0]), loaded.config, options)
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -299,19 +288,6 @@ def _verb_help(name: str, verb: Verb) -> list[str]:
     ]
 
 
-def _show(lines: list[str]) -> None:
-    """Prints help: headings bold and meanings dim on a terminal, plain elsewhere."""
-    if not sys.stdout.isatty():
-        print("\n".join(lines))
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    styles = {0: "bold", 6: "dim"}
-    for line in lines:
-        Console().print(Text(line, style=styles.get(len(line) - len(line.lstrip()), "")), soft_wrap=True)
-
-
 VERBS = {
     "run": Verb(CONFIG_USAGE, "All that the file describes, data to report; goes on where it was.", _pipeline, ALL),
     "prepare": Verb(CONFIG_USAGE, "Make the run's data files.", _pipeline, (*ALWAYS, "prepare"), "prepare"),
@@ -329,7 +305,7 @@ VERBS = {
     "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
     "plan": Verb(
         f"{CONFIG_USAGE} [target=v5p:4x4x8] | --chinchilla budget=1e21 | --isoflop RUN_FOLDER ...",
-        "What the file's stages take: parameters, FLOPs, bytes per chip, meshes, days, cost.",
+        "What training takes: parameters, FLOPs, bytes per chip, meshes, days, cost.",
         _plan,
         ALL,
         of_folder=Planned,

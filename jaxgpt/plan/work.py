@@ -74,6 +74,8 @@ class Program:
     """A compiled program of a stage."""
 
     name: str
+    """update; of DPO also reference; of stages over rollouts also sample, measure (policy, critic, reference) and score
+    (reward models): the names of `jaxgpt.aot.programs`."""
     kind: Literal["train", "score", "generate"]
     reads: tuple[Rows, ...]
     """Of one part of a batch, or of one chunk of a rollout."""
@@ -163,9 +165,9 @@ def _on_policy(config: Config, name: str, section: RolloutConfig, judge: ModelCo
         measured.append(Rows("reference" if "reference" in models else "policy", size, T, N))
     judged = [Rows(role, size, T) for role in models if role.startswith("reward")]
     programs = [
-        Program("rollout", "generate", (Rows("policy", size, P),), 1, chunks, N),
-        *([Program("reward", "score", tuple(judged), 1, chunks)] if judged else []),
-        Program("scoring", "score", tuple(measured), 1, chunks),
+        Program("sample", "generate", (Rows("policy", size, P),), 1, chunks, N),
+        Program("measure", "score", tuple(measured), 1, chunks),
+        *([Program("score", "score", tuple(judged), 1, chunks)] if judged else []),
         Program("update", "train", tuple(update), section.accumulate, section.steps),
     ]
     notes = []

@@ -115,10 +115,10 @@ def test_ppo_has_four_models_a_cache_and_three_kinds_of_programs():
         "reference frozen": policy,
         "reward frozen": critic,
     }
-    assert list(found.programs) == ["rollout", "reward", "scoring", "update"]
+    assert list(found.programs) == ["sample", "measure", "score", "update"]
     section = config().ppo
     slots, rows = section.prompt_length + section.response_length, section.episodes
-    assert found.programs["rollout"].temporaries["KV cache"] == 2 * 4 * rows * slots * 128 * 4
+    assert found.programs["sample"].temporaries["KV cache"] == 2 * 4 * rows * slots * 128 * 4
 
 
 def test_adapters_leave_their_base_without_gradients_and_are_their_own_reference():

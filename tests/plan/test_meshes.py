@@ -122,7 +122,7 @@ def test_what_a_stage_runs_and_how_often():
     found = config("grpo.data.path=x", "grpo.kl.coef=0", "grpo.episodes=64", "grpo.iterations=10", "grpo.batch=32")
     plan = work(found, "grpo")
     assert list(plan.models) == ["policy", "reward"]  # without a KL there is no reference
-    assert {p.name: p.times for p in plan.programs} == {"rollout": 10, "reward": 10, "scoring": 10, "update": 20}
+    assert {p.name: p.times for p in plan.programs} == {"sample": 10, "measure": 10, "score": 10, "update": 20}
     dpo = work(config("dpo.data.path=x", "dpo.steps=7", "dpo.batch=4", "dpo.responses=2"), "dpo")
     assert [(p.name, p.reads[0].rows, p.times) for p in dpo.programs] == [("update", 8, 7), ("reference", 8, 7)]
     judge = load(CONFIGS / "meadow.yaml", ["model=gpt2"]).config.model
