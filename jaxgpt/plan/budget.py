@@ -40,14 +40,14 @@ def plan_budget(options: Budgeted, console: Console | None = None) -> int:
     console = console or Console(highlight=False)
     splits, best = published(options.budget), BESIROGLU.optimum(options.budget)
     title(console, f"{options.budget:.3g} operations, spent as 6 x parameters x tokens")
-    made = table("by", "parameters", "tokens", "tokens a parameter")
+    made = table("by", "parameters", "tokens", "a parameter")
     for name, split in splits.items():
         made.add_row(name, short(split.parameters), short(split.tokens), f"{split.tokens / split.parameters:.1f}")
     put(console, made)
     sizes = nearest_sizes(options.budget, best)
     if sizes:
         console.print()
-        made = table("configs/model", "parameters", "tokens", "tokens a parameter", "loss", "behind the optimum")
+        made = table("configs/model", "parameters", "tokens", "a parameter", "loss", "over the least")
         least = BESIROGLU.loss(*best)
         for one in sizes:
             made.add_row(
@@ -59,12 +59,7 @@ def plan_budget(options: Budgeted, console: Console | None = None) -> int:
                 f"{one.loss - least:.3f}",
             )
         put(console, made)
-        line(
-            console,
-            "note",
-            "losses are of the corrected law, nats per token of its authors' text and vocabulary",
-            "dim",
-        )
+        line(console, "note", "losses by the corrected law, nats a token of its authors' text", "dim")
     if options.out is not None:
         figures = {name: split._asdict() for name, split in splits.items()}
         near = {one.name: {"parameters": one.parameters, "tokens": one.tokens, "loss": one.loss} for one in sizes}

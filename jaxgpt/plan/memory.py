@@ -230,11 +230,11 @@ def block_keeps(s: Share, remat: str) -> float:
 
 
 def _all_kept(s: Share) -> float:
-    """Bytes that autodiff asks for in one block: of each norm three arrays in float32 and what the products are given,
-    queries, keys, values, what was attended to and its copy, of the feed-forward also the parts of its activation."""
+    """Bytes that autodiff asks for in one block: of each norm three arrays in float32, what attention and feed-forward
+    are given, queries, keys, values, what was attended to and its copy, and the parts of the activation."""
     c = s.c
     norms = 1 if c.residual == "parallel" and c.shared_norm else 2
-    normed = norms * (3 * 4 * s.stream + s.tokens * s.size) * c.width
+    normed = (norms * 3 * 4 * s.stream + 2 * s.tokens * s.size) * c.width
     inner = (3 if c.gated else 4) * s.widened
     return normed + s.qkv + 2 * s.attended + inner + s.scores * (1 if s.size == 4 else 1.5)
 
@@ -291,7 +291,7 @@ def _training(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> tuple[dic
             joined += sum(w.gathered(mesh) * w.layers for w in found if len(w.shape) > 1) * s.size
         rows = s.vocab // mesh.tensor * c.width
         learns = model.lora is None
-        head = max(head, (s.size + 4 * learns) * rows + 3 * s.logits[1] if s.logits[1] else 0.0)
+        head = max(head, (s.size + 8 * learns) * rows + 3 * s.logits[1] if s.logits[1] else 0.0)
         block = max(block, _block_works(s, found, mesh, c.remat))
         table = max(table, 2 * 4.0 * rows if learns else 4.0 * rows)
     held = gradients if program.parts > 1 else 0.0  # the sum of the parts before this one

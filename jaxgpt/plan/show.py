@@ -21,12 +21,12 @@ INDENT, NAME, WIDE = 2, 16, 120
 """Columns before everything, of names, and of the longest line."""
 
 
-def short(number: float) -> str:
-    """Three digits and a unit: 6.74B, 138G, 1.01T."""
+def short(value: float) -> str:
+    """Three digits and a unit: 6.74B, 1.01T."""
     for unit, size in (("P", 1e15), ("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(number) >= size:
-            return f"{number / size:.3g}{unit}" if number < 1e18 else f"{number:.3g}"
-    return f"{number:.3g}"
+        if size <= value < 1e18:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def span(seconds: float) -> str:
@@ -35,6 +35,11 @@ def span(seconds: float) -> str:
         if seconds >= least:
             return f"{seconds / size:,.3g} {unit}" if seconds / size < 1000 else f"{seconds / size:,.0f} {unit}"
     return f"{seconds * 1e3:.3g} ms"
+
+
+def digits(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def gib(size: float) -> str:
@@ -194,13 +199,8 @@ def _show_verdict(console: Console, found: Estimate) -> None:
     hours = seconds / HOUR * target.chips
     what = span(seconds) if plan.updates is not None else f"{span(seconds)} an update"
     cost = "" if found.cost is None else f", cost {found.cost:,.2f}"
-    line(
-        console,
-        "takes",
-        f"{what}, {hours:,.3g} chip-hours{cost} (assumed: MFU {options.mfu:g}, and {options.reached:g} of memory's and "
-        "network's rates; mfu=... reached=...)",
-        "bold",
-    )
+    assumed = f"at {options.mfu:g} of peak arithmetic and {options.reached:g} of bandwidths, mfu=... reached=..."
+    line(console, "takes", f"{what}, {digits(hours)} chip-hours{cost} ({assumed})", "bold")
 
 
 def _remedy(found: Estimate) -> str:
@@ -226,4 +226,4 @@ def show_total(console: Console, found: Iterable[Estimate], target: Target) -> N
     cost = sum(one.cost or 0.0 for one in known)
     title(console, f"All {len(known)} stages: {', '.join(one.plan.name for one in known)}")
     told = f", cost {cost:,.2f}" if cost else ""
-    line(console, "takes", f"{span(seconds)}, {seconds / HOUR * target.chips:,.3g} chip-hours{told}", "bold")
+    line(console, "takes", f"{span(seconds)}, {digits(seconds / HOUR * target.chips)} chip-hours{told}", "bold")

@@ -18,7 +18,6 @@ from jaxgpt.config.load import load
 from jaxgpt.config.planned import Planned
 from jaxgpt.config.schema import Config, ModelConfig
 from jaxgpt.data.records import expand
-from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.data.worlds import world_files
 from jaxgpt.errors import UserError
 from jaxgpt.plan.chips import Target, parse_target
@@ -73,6 +72,8 @@ def with_vocabulary(config: Config) -> Config:
     given = config.tokenizer.path
     if given is None and not folder.is_dir():
         return config
+    from jaxgpt.data.tokenizer import Tokenizer  # takes long to load, and is seldom needed
+
     size = Tokenizer.load(folder if folder.is_dir() else resolved(config, given or "")[0]).size
     return config.model_copy(update={"model": config.model.model_copy(update={"vocab": -(-size // 128) * 128})})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from jaxgpt.config.schema import (
@@ -41,13 +42,13 @@ class Model:
     head_only: bool = False
     """Whether it is a head on another model's trunk."""
 
-    @property
+    @cached_property
     def weights(self) -> list[Weight]:
         """Its parameters."""
         found = weights(self.config, self.vocab, self.kind, self.lora)
         return [weight for weight in found if weight.part == "head"] if self.head_only else found
 
-    @property
+    @cached_property
     def learned(self) -> list[Weight]:
         """Those that are trained."""
         if not self.trained:
