@@ -235,7 +235,7 @@ def _all_kept(s: Share) -> float:
     c = s.c
     norms = 1 if c.residual == "parallel" and c.shared_norm else 2
     normed = (norms * 3 * 4 * s.stream + 2 * s.tokens * s.size) * c.width
-    inner = (3 if c.gated else 4) * s.widened
+    inner = (3 if c.gated else 6) * s.widened
     return normed + s.qkv + 2 * s.attended + inner + s.scores * (1 if s.size == 4 else 1.5)
 
 

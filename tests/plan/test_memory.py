@@ -23,13 +23,17 @@ def config(*words: str, name: str = "meadow"):
     return load(CONFIGS / f"{name}.yaml", words).config
 
 
-COMPILED = [  # by libtpu 0.0.43 for jax 0.10.2: chip, rows, tokens, mesh, remat, layers, GiB of arguments, temporaries
+COMPILED = [  # by the TPU compiler of jax 0.10.2: chip, rows, tokens, mesh, remat, layers, GiB of arguments, temporaries
     ("gpt2-xl", "v5e", 64, 1024, (1, 16, 1, 1), "full", 48, 1.19, 2.24),
     ("llama-7b", "v5p", 128, 2048, (1, 16, 1, 4), "full", 32, 1.18, 5.07),
     ("llama-7b", "v5p", 128, 2048, (1, 64, 1, 1), "full", 32, 1.18, 5.03),
     ("llama-7b", "v5p", 128, 2048, (1, 16, 1, 4), "dots", 16, 0.61, 8.83),
     ("llama-7b", "v5p", 128, 2048, (1, 16, 1, 4), "none", 16, 0.61, 24.35),
+    ("llama-7b", "v5p", 128, 2048, (1, 16, 1, 4), "attention", 16, 0.61, 4.54),
     ("llama-65b", "v5p", 256, 2048, (1, 32, 1, 4), "full", 80, 5.72, 15.15),
+    ("llama3-8b", "v5p", 16, 32768, (1, 4, 4, 4), "full", 32, 1.41, 8.49),
+    ("palm-8b", "v5p", 128, 2048, (1, 16, 1, 4), "full", 32, 1.54, 6.18),
+    ("gpt2-xl", "v5e", 64, 1024, (1, 16, 1, 1), "none", 8, 0.25, 6.22),
 ]
 
 
