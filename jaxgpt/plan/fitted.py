@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from rich.console import Console
 
 from jaxgpt.config.planned import Fitted
-from jaxgpt.config.schema import Config
+from jaxgpt.config.schema import ModelConfig
 from jaxgpt.errors import UserError
 from jaxgpt.plan.flops import per_token
 from jaxgpt.plan.laws import Law, Point, Power, Valley, budgets, fit, lacking, power, spread, valley
@@ -66,16 +65,11 @@ def read_point(folder: Path) -> Point:
 def _flops(folder: Path, values: Any, size: int) -> float:
     """Operations of a trained token, causal attention; the vocabulary is what the count of parameters leaves for it."""
     try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        raise UserError(
-            f"{folder / 'config.yaml'}: not a config of this version: {error.errors()[0]['msg']}"
-        ) from error
-    c = config.model
-    if config.pretrain is None:
-        raise UserError(f"{folder / 'config.yaml'}: no section pretrain")
+        c = ModelConfig.model_validate(values["model"])
+        length = int(values["pretrain"]["context"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.yaml'}: no model and pretrain.context as this version has them") from error
     rows = (size - count(weights(c, 0))) // (c.width * (1 if c.tied else 2))
-    length = config.pretrain.context
     return per_token(c, weights(c, rows), length, length).train()
 
 

@@ -23,7 +23,7 @@ def config(*words: str, name: str = "meadow"):
     return load(CONFIGS / f"{name}.yaml", words).config
 
 
-COMPILED = [  # by the TPU compiler of jax 0.10.2: chip, rows, tokens, mesh, remat, layers, GiB of arguments, temporaries
+COMPILED = [  # by the TPU compiler of jax 0.10.2: rows, tokens, mesh, remat, layers, GiB of arguments and temporaries
     ("gpt2-xl", "v5e", 64, 1024, (1, 16, 1, 1), "full", 48, 1.19, 2.24),
     ("llama-7b", "v5p", 128, 2048, (1, 16, 1, 4), "full", 32, 1.18, 5.07),
     ("llama-7b", "v5p", 128, 2048, (1, 64, 1, 1), "full", 32, 1.18, 5.03),
