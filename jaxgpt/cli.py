@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jaxgpt.config.describe import describe, explain, json_schema
+from jaxgpt.config.describe import describe, explain, json_schema, show_help
 from jaxgpt.config.fields import annotations, filled
 from jaxgpt.config.load import Loaded, load
 from jaxgpt.config.options import (
@@ -25,6 +25,7 @@ from jaxgpt.config.options import (
     parse_options,
     parse_settings,
 )
+from jaxgpt.config.planned import Planned
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
@@ -76,7 +77,7 @@ def _dispatch(words: list[str]) -> int:
     if first in ("-h", "--help", "help"):
         if first == "help" and rest:
             return _dispatch([rest[0], "--help"])
-        _show(_overview())
+        show_help(_overview())
         return 0
     if first == "--version":
         from importlib.metadata import version
@@ -89,7 +90,7 @@ def _dispatch(words: list[str]) -> int:
     if verb is None:
         raise UserError(f"'{first}': no such verb.{nearest(first, VERBS)} Verbs: {', '.join(VERBS)}")
     if any(word in ("-h", "--help") for word in rest[: rest.index("--") if "--" in rest else None]):
-        _show(_verb_help(first, verb))
+        show_help(_verb_help(first, verb))
         return 0
     return verb.call(first, rest)
 
@@ -116,6 +117,21 @@ def _doctor(name: str, words: list[str]) -> int:
 
     keep_compiled()
     return examine(loaded.config)
+
+
+def _plan(name: str, words: list[str]) -> int:
+    """What a file's stages take, 1 where one does not fit; or how a budget is best spent."""
+    if words and words[0].startswith("--"):
+        from jaxgpt.plan.scaling import scale
+
+        return scale(words, _folder)
+    own = [word for word in words[1:] if word.partition("=")[0] in Planned.model_fields]
+    loaded = _load(name, [word for word in words if word not in own])
+    options = parse_settings(Planned, own)
+    check_ready("config", loaded)
+    from jaxgpt.plan.verb import plan
+
+    return plan(Path(words[0]), loaded.config, options)
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -255,7 +271,7 @@ def _overview() -> list[str]:
 def _verb_help(name: str, verb: Verb) -> list[str]:
     head = [f"jaxgpt {name} {verb.usage}", "", f"    {verb.doc}"]
     if verb.of_folder is not None:
-        title = "Settings with RUN_FOLDER" if verb.reads else "Settings"
+        title = "Settings with RUN_FOLDER" if verb.reads and name != "plan" else "Settings of its own"
         head += ["", f"{title}, as key = default (type)", *describe_settings(verb.of_folder)]
         if not verb.reads:
             return head
@@ -270,19 +286,6 @@ def _verb_help(name: str, verb: Verb) -> list[str]:
         "Settings, as path = default (type)",
         *describe(verb.reads),
     ]
-
-
-def _show(lines: list[str]) -> None:
-    """Prints help: headings bold and meanings dim on a terminal, plain elsewhere."""
-    if not sys.stdout.isatty():
-        print("\n".join(lines))
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    styles = {0: "bold", 6: "dim"}
-    for line in lines:
-        Console().print(Text(line, style=styles.get(len(line) - len(line.lstrip()), "")), soft_wrap=True)
 
 
 VERBS = {
@@ -300,6 +303,13 @@ VERBS = {
         CONFIG_USAGE, "Fine-tuning on the best of n responses.", _pipeline, (*STAGE, "rejection"), "rejection"
     ),
     "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
+    "plan": Verb(
+        f"{CONFIG_USAGE} [target=v5p:4x4x8] | --chinchilla budget=1e21 | --isoflop RUN_FOLDER ...",
+        "What training takes: parameters, FLOPs, bytes per chip, meshes, days, cost.",
+        _plan,
+        ALL,
+        of_folder=Planned,
+    ),
     "eval": Verb(
         f"RUN_FOLDER tasks=NAME,... text=FILE,... rankings=FILE,... against=RUN,... best_of=N,... frontier=STAGE,... "
         f"| {CONFIG_USAGE}",

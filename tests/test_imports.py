@@ -30,7 +30,7 @@ EDGE = (
     ("interop", "ready", "graders"),
     ("stages",),
     ("api",),
-    ("evaluate", "report"),
+    ("evaluate", "report", "plan"),
     ("pipeline", "overopt", "doctor", "verbs", "terminal", "exchange", "jaxgpt"),
     ("cli",),
     ("__main__",),
@@ -41,7 +41,7 @@ ALONE = ("train",)  # a package whose parts lie in several layers; its own __ini
 
 IMPURE = ("time", "datetime", "os", "logging", "pathlib", "subprocess", "socket")  # files, clock, log, environment
 PURE_ROOMS = tuple(name for names in PURE[2:] for name in names)
-WITHOUT_JAX = ("errors", "config", "data", "runs", "recorded", "health", "report", "ready")
+WITHOUT_JAX = ("errors", "config", "data", "runs", "recorded", "health", "report", "ready", "plan")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 80

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,3 +82,16 @@ def json_schema() -> dict[str, Any]:
 
 def _base(description: str) -> dict[str, str]:
     return {"type": "string", "title": "Base", "description": description}
+
+
+def show_help(lines: list[str]) -> None:
+    """Prints help: headings bold and meanings dim on a terminal, plain elsewhere."""
+    if not sys.stdout.isatty():
+        print("\n".join(lines))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    styles = {0: "bold", 6: "dim"}
+    for line in lines:
+        Console().print(Text(line, style=styles.get(len(line) - len(line.lstrip()), "")), soft_wrap=True)
