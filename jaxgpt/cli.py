@@ -125,13 +125,23 @@ def _plan(name: str, words: list[str]) -> int:
         from jaxgpt.plan.scaling import scale
 
         return scale(words, _folder)
+    words = ["compile=true" if word == "--compile" else word for word in words]
     own = [word for word in words[1:] if word.partition("=")[0] in Planned.model_fields]
     loaded = _load(name, [word for word in words if word not in own])
     options = parse_settings(Planned, own)
     check_ready("config", loaded)
-    from jaxgpt.plan.verb import plan
+    from jaxgpt.plan.verb import plan, with_vocabulary
 
-    return plan(Path(words[0]), loaded.config, options)
+    found, target, code = plan(Path(words[0]), loaded.config, options)
+    if not options.compile:
+        return code
+    # this process is to compile for TPUs, not to look for any
+    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+    from rich.console import Console
+
+    from jaxgpt.aot.verb import compile_stages
+
+    return compile_stages(with_vocabulary(loaded.config), found, target, Console(highlight=False)) or code
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -304,7 +314,7 @@ VERBS = {
     ),
     "doctor": Verb(CONFIG_USAGE, "Checks on the file's models and data before anything is trained.", _doctor, ALL),
     "plan": Verb(
-        f"{CONFIG_USAGE} [target=v5p:4x4x8] | --chinchilla budget=1e21 | --isoflop RUN_FOLDER ...",
+        f"{CONFIG_USAGE} [target=v5p:4x4x8] [--compile] | --chinchilla budget=1e21 | --isoflop RUN_FOLDER ...",
         "What training takes: parameters, FLOPs, bytes per chip, meshes, days, cost.",
         _plan,
         ALL,

@@ -31,6 +31,7 @@ EDGE = (
     ("stages",),
     ("api",),
     ("evaluate", "report", "plan"),
+    ("aot",),
     ("pipeline", "overopt", "doctor", "verbs", "terminal", "exchange", "jaxgpt"),
     ("cli",),
     ("__main__",),

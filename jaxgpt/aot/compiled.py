@@ -54,14 +54,14 @@ class Compiled(NamedTuple):
 def target_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     """The devices of a TPU topology such as v5p:4x4x8, `slices` times.
 
-    Raises UserError where libtpu is missing or knows no such topology. Sets environment variables of libtpu's.
+    libtpu is to find TPU_SKIP_MDS_QUERY=1 and TPU_WORKER_HOSTNAMES=localhost in the environment, and jax
+    JAX_PLATFORMS=cpu. Raises UserError where it is missing or knows no such topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
             "compile: the TPU compiler is not installed; it needs no TPU: run the same command as "
             "'uv run --extra tpu jaxgpt plan ...' (Linux)"
         )
-    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
     from jax.experimental import topologies
 
     options = {"num_slices": slices} if slices > 1 else {}

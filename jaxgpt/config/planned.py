@@ -29,6 +29,9 @@ class Planned(Section):
     """Size of reward models and of the critic that begins as one, a file of configs/model; unset means the policy's."""
     meshes: Count = 6
     """Meshes that are listed of each stage."""
+    compile: bool = False
+    """Also compile every program for the target, by the TPU's own compiler: no TPU is needed, but libtpu (the extra
+    tpu), minutes and memory."""
     out: str | None = None
     """JSON file for all figures."""
 

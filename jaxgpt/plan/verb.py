@@ -26,8 +26,10 @@ from jaxgpt.plan.show import show_stage, show_total
 from jaxgpt.runs import STAGES, resolved, run_folder
 
 
-def plan(file: Path, config: Config, options: Planned, console: Console | None = None) -> int:
-    """Prints what every stage of a config takes; 1 where one does not fit the target, else 0.
+def plan(
+    file: Path, config: Config, options: Planned, console: Console | None = None
+) -> tuple[list[Estimate], Target, int]:
+    """Prints what every stage of a config takes: the estimates, the machine, and 1 where one does not fit, else 0.
 
     Raises UserError for a target or a judge that is not known, and a config without stages.
     """
@@ -46,7 +48,7 @@ def plan(file: Path, config: Config, options: Planned, console: Console | None =
     show_total(console, found, target)
     if options.out is not None:
         write(Path(options.out), [as_json(one) for one in found])
-    return 0 if all(one.fits for one in found) else 1
+    return found, target, 0 if all(one.fits for one in found) else 1
 
 
 def machine(options: Planned) -> Target:
