@@ -117,8 +117,11 @@ def kernel_notes(plan: Work, layout: Layout, target: Target) -> list[str]:
                 lost[rows.tokens] = None
     if not lost or target.chip.kind == "cpu":
         return []
-    what = "rows are multiples of 128 tokens a device" if target.chip.kind == "tpu" else "heads are at most 128 wide"
-    return [f"attention over {' and '.join(map(str, lost))} tokens keeps all scores: its kernel wants that {what}"]
+    on_tpu = target.chip.kind == "tpu"
+    what = (
+        "rows of a multiple of 128 tokens a device" if on_tpu else "heads of at most 128, no soft cap, mesh.context=1"
+    )
+    return [f"attention over {' and '.join(map(str, lost))} tokens keeps all scores: its kernel wants {what}"]
 
 
 def as_json(found: Estimate) -> dict[str, Any]:

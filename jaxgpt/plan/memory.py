@@ -248,7 +248,8 @@ def _block_works(s: Share, found: Sequence[Weight], mesh: Mesh, remat: str | Non
     joined = sum(weight.gathered(mesh) for weight in found if weight.layers and len(weight.shape) > 1) * s.size
     wide, single = s.tokens * s.c.width * s.size, s.attended / s.size * 4
     if remat is None:
-        return 2 * joined + 3 * wide + 2 * s.widened + s.qkv + s.attended + 2 * single + 2 * s.scores
+        inner = max(s.widened, s.qkv + s.attended + 2 * single)
+        return joined + wide + inner + 2 * s.stream * s.c.width * s.size + 2 * s.scores
     again = 0.0 if remat == "none" else _all_kept(s) - (block_keeps(s, remat) if remat == "dots" else 0.0)
     works = 3 * joined + 8 * wide + (2 if s.c.gated else 4) * s.widened + 8 * s.attended + 4 * single
     return again + works + 2 * s.scores
@@ -305,18 +306,21 @@ def _training(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> tuple[dic
 
 
 def _scoring(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> dict[str, float]:
-    """Temporaries of forward passes one after the other."""
-    works = head = 0.0
+    """Temporaries of forward passes one after the other: of the largest of a block and of a head, which has all hidden
+    states whole and a chunk of logits with what becomes of it."""
+    block = head = 0.0
     for rows in program.reads:
         model = plan.models[rows.role]
-        s = Share.of(model, rows, mesh, chip)
-        works = max(works, 2 * s.stream * model.config.width * s.size + _block_works(s, model.weights, mesh, None))
-        head = max(head, s.vocab // mesh.tensor * model.config.width * 4 + 2 * s.logits[1])
-    return {"one block": works, "embedding or head": head}
+        s, width = Share.of(model, rows, mesh, chip), model.config.width
+        block = max(block, _block_works(s, model.weights, mesh, None))
+        hidden = 2 * s.tokens * width * s.size
+        if s.logits[1]:
+            head = max(head, hidden + s.vocab // mesh.tensor * width * s.size + 4 * s.logits[1])
+    return {"one block": block} if block >= head else {"head": head}
 
 
 def _generating(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> dict[str, float]:
-    """Temporaries of a rollout: the cache, all weights joined over fsdp and cast, the prompts' forward pass, logits."""
+    """Temporaries of sampling: the cache, all weights joined over fsdp and cast, the prompts' forward pass, logits."""
     (rows,) = program.reads
     model = plan.models[rows.role]
     c = model.config
@@ -324,7 +328,12 @@ def _generating(plan: Work, program: Program, mesh: Mesh, chip: Chip) -> dict[st
     slots = rows.tokens + program.new
     cache = 2.0 * c.layers * s.rows * s.groups * slots * c.head_dim * s.size
     matrices = sum(w.gathered(mesh) * max(w.layers, 1) for w in model.weights if len(w.shape) > 1) * s.size
-    prompt = 4 * s.stream * c.width * s.size + s.tokens * s.hidden * s.size * 2
-    prompt += 2 * 4.0 * s.heads * s.rows * rows.tokens * slots  # scores: kernels read no cache
-    logits = 4 * 4.0 * s.rows * s.vocab
-    return {"KV cache": cache, "joined weights": matrices, "prompts": prompt, "logits": logits}
+    wide = s.tokens * c.width * s.size
+    scores = 4.0 * s.heads * s.rows * rows.tokens * slots  # kernels read no cache
+    prompts = 4 * scores + 6 * wide + 2 * s.widened
+    parts = {"KV cache": cache, "joined weights": matrices, "prompts": prompts, "logits": 4 * 4.0 * s.rows * s.vocab}
+    return parts | {"fragments": FRAGMENTS * sum(parts.values())}
+
+
+FRAGMENTS = 0.3
+"""What lies idle between buffers where layers are unrolled, as a share of them; compared with compiled programs."""

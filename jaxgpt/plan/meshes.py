@@ -128,14 +128,14 @@ def _idle(plan: Work, mesh: Mesh) -> bool:
 
 
 def ranked(found: Sequence[Layout], plan: Work, mfu: float, reached: float) -> list[Layout]:
-    """Those that fit first, by time, and of equal times the one with the least traffic between devices; those that do
-    not by their memory."""
+    """Those that fit first, by time, and of equal times the one with the least to compute and to move in all; those
+    that do not by their memory."""
 
     def order(layout: Layout) -> tuple[bool, float, float]:
         if not layout.fits:
             return True, layout.memory.peak, 0.0
-        traffic = sum(time.ici + time.dcn for time in layout.times)
-        return False, round(layout.seconds(plan, mfu, reached), 9), traffic
+        everything = sum(time.compute + time.hbm + time.ici + time.dcn for time in layout.times)
+        return False, round(layout.seconds(plan, mfu, reached), 9), everything
 
     return sorted(found, key=order)
 

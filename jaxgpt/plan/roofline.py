@@ -158,8 +158,9 @@ def _sent(model: Model, s: Share, mesh: Mesh, links: Links, train: bool, parts: 
     matrices = [weight for weight in model.weights if len(weight.shape) > 1]
     joined = sum(weight.gathered(mesh) * max(weight.layers, 1) for weight in matrices) * s.size
     again = c.remat != "none"
-    gathers = (3 if train else 1) * (mesh.width - 1) / mesh.width  # forward, backward, and the gradients' way back
-    near = parts * gathers * joined / (links.fsdp + (links.context if mesh.context > 1 else 0.0))
+    ways = 3 if train else 1  # forward, backward, and the gradients' way back; along fsdp first, then along context
+    along_fsdp = (mesh.fsdp - 1) / mesh.fsdp / mesh.context / links.fsdp
+    near = parts * ways * joined * (along_fsdp + (mesh.context - 1) / mesh.context / links.context)
     if mesh.tensor > 1:
         each = s.tokens * c.width * s.size * (mesh.tensor - 1) / mesh.tensor
         near += parts * 4 * c.layers * (1 + (1 + again) * train) * each / links.tensor
@@ -180,8 +181,11 @@ def _links(mesh: Mesh, target: Target) -> Links:
     if chip.kind != "tpu":
         inner, rates = 1, []
         for ways in (mesh.tensor, mesh.context, mesh.fsdp, mesh.data):  # the last axis is that of neighbours
+            here = min(
+                ways, max(chip.host // inner, 1)
+            )  # in one host: their network cards share what comes from others
+            rates.append(chip.link if ways == here else min(chip.link, chip.dcn * here))
             inner *= ways
-            rates.append(chip.link if inner <= chip.host else chip.dcn)
         return Links(rates[2], rates[1], rates[0], rates[3], 1, chip.dcn)
     rest = [*target.shape, *([chip.devices] if chip.devices > 1 else [])]
     tensor, context, fsdp = (_along(ways, rest, target) for ways in (mesh.tensor, mesh.context, mesh.fsdp))

@@ -162,7 +162,8 @@ def _show_meshes(console: Console, found: Estimate) -> None:
         sizes = f"{layout.mesh.data:>4} {layout.mesh.fsdp:>4} {layout.mesh.context:>7} {layout.mesh.tensor:>6}"
         own = " *" if layout.mesh == found.asked else ""
         seconds = layout.seconds(plan, found.options.mfu, found.options.reached)
-        name = longest[1].by if len(plan.programs) == 1 else f"{longest[0].name}: {longest[1].by}"
+        by = longest[1].by if found.target.chip.kind == "tpu" else longest[1].by.replace("ici", "network")
+        name = by if len(plan.programs) == 1 else f"{longest[0].name}: {by}"
         made.add_row(
             sizes + own,
             gib(layout.memory.peak),

@@ -50,6 +50,16 @@ def test_a_training_step_is_near_what_the_tpu_compiler_makes(
     assert use.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "temporaries"),
+    [("sample", 0.39, 9.13), ("measure", 0.98, 1.40), ("score", 0.19, 0.46), ("update", 2.34, 2.43)],
+)
+def test_ppo_of_seven_billion_is_near_what_the_tpu_compiler_makes(program, arguments, temporaries):
+    found = memory(config(name="scale/llama-7b"), "ppo", Mesh(1, 16, 1, 4), V5E).programs[program]
+    assert sum(found.arguments.values()) / GIB == pytest.approx(arguments, rel=0.05)
+    assert found.total / GIB == pytest.approx(arguments + temporaries, rel=0.15)
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 2, 1, 2), (1, 2, 2, 2)])
 def test_parameters_and_optimizer_are_the_arrays_of_a_state(shape):
     found = config("model.vocab=1024")
