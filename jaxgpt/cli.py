@@ -28,11 +28,12 @@ from jaxgpt.config.options import (
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
+from jaxgpt.launch import find_start
 from jaxgpt.ready import check_ready
 from jaxgpt.runs import FOREIGN, find_adapters, find_stage, is_foreign
 
 ALWAYS = ("name", "runs", "seed")
-STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
+STAGE = (*ALWAYS, "mesh", "hosts", "tokenizer", "model")
 ALL = tuple(Config.model_fields)
 CONFIG_USAGE = "FILE.yaml [group=name] [key.path=value ...]"
 
@@ -102,9 +103,10 @@ def _pipeline(name: str, words: list[str]) -> int:
         defaults = filled(needs, annotations(Config)[needs])
         raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {defaults} for its defaults")
     check_ready(name, loaded)
+    start = find_start(os.environ)
     from jaxgpt.verbs import run_verb
 
-    return run_verb(name, loaded.config)
+    return run_verb(name, loaded.config, start)
 
 
 def _doctor(name: str, words: list[str]) -> int:

@@ -91,8 +91,10 @@ def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:
     )
 
 
-def keep_compiled() -> None:
-    """Keeps compiled programs between processes, unless the environment of jax already says where."""
+def keep_compiled(folder: Path | None = None) -> None:
+    """Keeps compiled programs between processes, in a folder or the user's cache, unless the environment of jax already
+    says where."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt" / "compiled"))
+        folder = folder or Path.home() / ".cache" / "jaxgpt" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

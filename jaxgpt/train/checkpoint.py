@@ -17,6 +17,7 @@ import jax
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt import hosts
 from jaxgpt.errors import UserError
 from jaxgpt.train.state import State, fingerprint
 
@@ -130,7 +131,7 @@ class Checkpoints:
             meta = saved.custom_metadata or {}
             if meta.get("layout") != _layout(wanted):
                 check_same(saved.metadata, wanted, where)
-            tree = self._orbax.load(step, wanted)
+            tree = hosts.all_or_none(lambda: self._orbax.load(step, wanted))
             if _seal(tree, meta["host"]) != meta["seal"]:
                 raise ValueError("the contents are not those that were saved")
         except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -140,15 +141,18 @@ class Checkpoints:
         return State(**tree), meta["host"]
 
     def _set_aside(self, damaged: Mapping[int, DamagedCheckpoint]) -> None:
-        if not damaged or jax.process_index() != 0:
+        if not damaged:
             return
+        hosts.lead(lambda: self._rename(damaged))
+        self._orbax.close()
+        self._open()
+
+    def _rename(self, damaged: Mapping[int, DamagedCheckpoint]) -> None:
         for step, error in damaged.items():
             names = (self._folder / f"damaged-{step}{'+' * tries}" for tries in itertools.count())
             aside = next(name for name in names if not name.exists())
             (self._folder / str(step)).rename(aside)
             self._warn(f"damaged checkpoint, now called {aside.name}: {error}; the one before is taken")
-        self._orbax.close()
-        self._open()
 
     def close(self) -> None:
         """Waits for the last save and lets go."""
@@ -222,10 +226,15 @@ def save_params(folder: Path, params: Any, meta: Mapping[str, Any]) -> str:
     """Writes parameters alone, with a JSON description; returns their fingerprint."""
     mark = fingerprint(params)
     meta = {**meta, "layout": _layout(params), "fingerprint": mark}
-    for part in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):  # of a process that was killed
-        shutil.rmtree(part, ignore_errors=True)
+    hosts.lead(lambda: _clear(folder))
     ocp.save(str(folder.absolute()), params, overwrite=True, custom_metadata=meta)
     return mark
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a process left that was killed while it wrote."""
+    for part in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def params_meta(folder: Path) -> dict[str, Any]:
