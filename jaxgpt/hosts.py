@@ -1,8 +1,8 @@
 """The processes that train together: how they start, wait for each other, and stop at one step.
 
-Opens network connections, reads the clock. The word host stands for a process, of which a machine mostly runs one. All
-of this is jax's own: its coordination service, its barriers, its notice of preemption. What is added is that the one who
-does not come is named.
+Opens network connections, reads the clock. The word host stands for a process, of which a machine mostly runs one. The
+coordination service, its barriers and the notice of preemption are jax's own; added is that the one who does not come is
+named.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def preempted() -> bool:
 
 
 def all_or_none(work: Callable[[], T]) -> T:
-    """What each host makes of its share of some work. Where one fails, all do: it raises its own error, they ValueError.
+    """What each host makes of its share of some work. Where one fails, all do: it with its error, they with ValueError.
 
     So that none goes on to wait for a host that has turned back.
     """

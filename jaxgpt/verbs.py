@@ -30,7 +30,7 @@ def run_verb(verb: str, config: Config, start: Start | None = None) -> int:
 
 
 def _stoppable(verb: str, config: Config, console: Console) -> int:
-    # Training has a handler of its own, which saves first; among several hosts jax listens, and they stop while training.
+    # Training has a handler of its own, which saves first. Among several hosts jax listens, and they stop in training.
     before = signal.signal(signal.SIGTERM, _preempt) if hosts.count() == 1 else None
     try:
         _do(verb, config, Pipeline(config, console), console)
