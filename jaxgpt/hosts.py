@@ -118,10 +118,12 @@ def roll_call(address: str, processes: int, process: int, seconds: float) -> dic
     place, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     if process == 0:
-        found = _call(int(port), processes, deadline)
+        wrong, found = _call(int(port), processes, deadline)
     else:
-        found = _answer(place.strip("[]"), int(port), process, deadline)
+        wrong, found = _answer(place.strip("[]"), int(port), process, deadline)
     names = {int(key): name for key, name in found.items()}
+    if wrong:
+        raise UserError(f"{wrong}, among {processes}; each process needs a number of its own, from 0 on")
     missing = [host for host in range(processes) if host not in names]
     if missing:
         here = ", ".join(f"{host} ({name})" for host, name in sorted(names.items()))
@@ -136,9 +138,9 @@ def _hosts(missing: list[int], names: dict[int, str] | None = None) -> str:
     return f"host{'s' if len(told) > 1 else ''} {', '.join(told)}"
 
 
-def _call(port: int, processes: int, deadline: float) -> dict[int, str]:
-    """Takes the others' names, and tells everybody's to everybody."""
-    names, lines = {0: socket.gethostname()}, []
+def _call(port: int, processes: int, deadline: float) -> tuple[str, dict[int, str]]:
+    """Takes the others' names, and tells everybody's to everybody, or what is wrong with them."""
+    names, lines, twice = {0: socket.gethostname()}, [], ""
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     with socket.create_server(
         ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=processes
@@ -151,19 +153,22 @@ def _call(port: int, processes: int, deadline: float) -> dict[int, str]:
                 host, name = json.loads(line.makefile().readline())
             except (OSError, ValueError, TypeError):  # nobody, or not one of ours
                 continue
-            names[host] = name
             lines.append(line)
+            if host in names or host not in range(processes):
+                twice = f"two processes say that they are host {host}" if host in names else f"no host {host}"
+                break
+            names[host] = name
         for line in lines:
             with contextlib.suppress(OSError):
-                line.sendall(json.dumps(names).encode() + b"\n")
+                line.sendall(json.dumps([twice, names]).encode() + b"\n")
         for line in lines:
             with line, contextlib.suppress(OSError):
                 line.recv(1)  # the other side closes first: the port is free at once
-    return names
+    return twice, names
 
 
-def _answer(place: str, port: int, process: int, deadline: float) -> dict[str, str]:
-    """Gives one's name to host 0; everybody's names by number."""
+def _answer(place: str, port: int, process: int, deadline: float) -> tuple[str, dict[str, str]]:
+    """Gives one's name to host 0; what is wrong with the names, and everybody's by number."""
     while (left := deadline - time.monotonic()) > 0:
         try:
             with socket.create_connection((place, port), timeout=left) as line:
