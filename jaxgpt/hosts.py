@@ -1,8 +1,8 @@
 """The processes that train together: how they start, wait for each other, and stop at one step.
 
 Opens network connections, reads the clock. The word host stands for a process, of which a machine mostly runs one. The
-coordination service, its barriers and the notice of preemption are jax's own; added is that the one who does not come is
-named.
+coordination service, its barriers and the notice of preemption are jax's own; what is added is that the host which does
+not come is named.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several processes that train together are the run of one: same figures, same files, one stop; the missing one is named.
+"""Several processes that train together are the run of one: the same figures, files and stop; a missing one is named.
 
 Real processes and real collectives. Those that take longer than a minute have the marker `multihost`.
 """
