@@ -4,7 +4,7 @@
 #     ZONE=... tpu/logs.sh NAME [WORKER [SLICE]]
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/common.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$here/common.sh"
 
 resource ssh --worker="${1:-0}" --node="${2:-0}" --command="$worker follow"

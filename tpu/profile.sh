@@ -6,7 +6,7 @@
 # The run must have been started with hosts.profile_port=9012. `xprof FOLDER/profile` shows the record.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/common.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$here/common.sh"
 
 folder=${2:-.}

@@ -14,7 +14,7 @@
 # The committed files of this folder's repository are what runs. Exit code: 0 where the run ended well, else 1.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/common.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$here/common.sh"
 
 : "${TYPE:?set TYPE to the accelerator type, such as v5litepod-16}"

@@ -5,7 +5,7 @@
 #     ZONE=... tpu/ssh.sh NAME all 'COMMAND'
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/common.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$here/common.sh"
 
 if [[ ${1:-0} == all ]]; then

@@ -5,7 +5,7 @@
 #     ZONE=... tpu/stop.sh NAME
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# shellcheck source=tpu/common.sh
+# shellcheck source-path=SCRIPTDIR source=common.sh
 . "$here/common.sh"
 
 if [[ -f $state_dir/$name.pid ]]; then
