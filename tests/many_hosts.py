@@ -121,7 +121,7 @@ class Hosts:
                     )
                 )
 
-    def wait(self, seconds: float = 300) -> list[int]:
+    def wait(self, seconds: float = 900) -> list[int]:
         try:
             return [process.wait(seconds) for process in self.processes]
         finally:

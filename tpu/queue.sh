@@ -37,7 +37,7 @@ esac
 if ((SLICES > 1)); then nodes=(--node-count="$SLICES" --node-prefix="$name"); else nodes=(--node-id="$name"); fi
 
 LOST=20   # looks in a row without an answer, after which machines count as lost
-REFUSED=5 # times in a row that a request may be refused or fail
+REFUSED=5 # times in a row that a request, or setting up, may fail
 lost=0 refused=0 told=
 scratch=$(mktemp -d)
 mkdir -p "$state_dir"
@@ -64,7 +64,6 @@ create() {
     if resource create --accelerator-type="$TYPE" --runtime-version="$RUNTIME" "${nodes[@]}" "${capacity[@]}" \
         >"$scratch/out" 2>&1; then
         say "asked for $SLICES x $TYPE ($CAPACITY)"
-        refused=0
     else
         refuse "$(tail -n 5 "$scratch/out")"
     fi
@@ -77,7 +76,10 @@ delete() {
 refuse() {
     refused=$((refused + 1))
     say "refused ($refused of $REFUSED): $1"
-    ((refused < REFUSED)) || exit 1
+    if ((refused >= REFUSED)); then
+        ((KEEP)) || delete
+        exit 1
+    fi
 }
 
 # One word for all machines: new, running, again (to be started once more), failed, finished, or unreachable.
@@ -129,7 +131,12 @@ work() {
         ;;
     new)
         say "setting the machines up"
-        if setup && start "$@"; then say "started"; else say "not set up: $(tail -n 3 "$scratch/out")"; fi
+        if setup && start "$@"; then
+            say "started"
+            refused=0
+        else
+            refuse "the machines are not set up: $(tail -n 3 "$scratch/out")"
+        fi
         ;;
     again)
         say "stopped with its state saved; starting it again"

@@ -65,6 +65,14 @@ def test_slices_and_reserved_capacity_are_asked_for(tmp_path: Path) -> None:
     assert all("--node=all --worker=all" in call for call in cloud.calls("ssh"))
 
 
+def test_machines_that_cannot_be_set_up_are_given_back(tmp_path: Path) -> None:
+    cloud = Cloud(tmp_path, ["NONE", "ACTIVE"], [])
+    (tmp_path / "bin/uv").write_text("#!/bin/sh\necho no wheel for this machine; exit 1\n")
+    found = cloud.queue(*COMMAND)
+    assert found.returncode == 1 and len(cloud.calls("delete")) == 1
+    assert told(found)[-1] == "refused (5 of 5): the machines are not set up: no wheel for this machine"
+
+
 def test_a_request_refused_again_and_again_is_given_up(tmp_path: Path) -> None:
     cloud = Cloud(tmp_path, ["NONE"], [])
     (tmp_path / "quota").touch()
