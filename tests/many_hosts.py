@@ -50,7 +50,7 @@ grpo:
   batch: 8
   prompt_length: 40
   response_length: 8
-  rewards: [{type: length, target: 5}]
+  rewards: [{type: model}]
   data: {path: "{run}/data/prompts.jsonl"}
 evaluate:
   data: {path: "{run}/data/prompts_eval.jsonl"}
