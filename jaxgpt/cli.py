@@ -29,6 +29,7 @@ from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
 from jaxgpt.launch import find_start
+from jaxgpt.places import place
 from jaxgpt.ready import check_ready
 from jaxgpt.runs import FOREIGN, find_adapters, find_stage, is_foreign
 
@@ -229,10 +230,10 @@ def _run_and_options(name: str, words: list[str]) -> tuple[Path, list[str], Samp
 
 def _folder(word: str) -> Path:
     """Looks for the folder of a run, or a Hugging Face folder. Raises UserError with the nearest one."""
-    path = Path(word)
     if is_foreign(word):
         Foreign.describe(word)
-        return path
+        return Path(word)
+    path = place(word)
     if path.is_dir():
         return path
     if path.exists():

@@ -33,6 +33,7 @@ from jaxgpt.evaluate.suite import Suite, read_prompts
 from jaxgpt.graders import load_scorer
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
+from jaxgpt.places import place
 from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole
 from jaxgpt.report import summary_table, write_report
 from jaxgpt.runs import (
@@ -180,7 +181,7 @@ class Pipeline:
 
     def _make_tokenizer(self) -> None:
         c, home = self.config.tokenizer, self.folder / "tokenizer"
-        given = None if c.path is None else Path(self.paths(c.path)[0])
+        given = None if c.path is None else place(self.paths(c.path)[0])
         template = None if c.template is None else self.paths(c.template)[0]
         if given is not None:
             inputs = {"path": file_hash(tokenizer_files(given))}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import types
-from pathlib import Path
 
 from rich.console import Console
 
@@ -14,6 +13,7 @@ from jaxgpt.config.schema import Config
 from jaxgpt.launch import Start
 from jaxgpt.overopt import Study
 from jaxgpt.pipeline import Pipeline
+from jaxgpt.places import place
 from jaxgpt.report import write_report
 from jaxgpt.train.loop import RESUMABLE, Preempted
 
@@ -25,7 +25,7 @@ def run_verb(verb: str, config: Config, start: Start | None = None) -> int:
     """
     with hosts.together(start, config.hosts):
         # Host 0 alone writes programs: among several, where all can read them.
-        keep_compiled(Path(config.runs) / "compiled" if hosts.count() > 1 else None)
+        keep_compiled(place(config.runs) / "compiled" if hosts.count() > 1 else None)
         return _stoppable(verb, config, Console(soft_wrap=True, quiet=not hosts.first()))
 
 
