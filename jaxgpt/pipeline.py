@@ -33,8 +33,8 @@ from jaxgpt.evaluate.suite import Suite, read_prompts
 from jaxgpt.graders import load_scorer
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
-from jaxgpt.places import place
-from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole
+from jaxgpt.places import place, write_whole
+from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs
 from jaxgpt.report import summary_table, write_report
 from jaxgpt.runs import (
     RANDOM,

@@ -67,6 +67,17 @@ def matching(pattern: Path) -> list[Path]:
     return sorted(place(BUCKET + "/".join(parts[:fixed])).glob("/".join(parts[fixed:])))
 
 
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Writes a file whole or not at all, as a bucket always does."""
+    whole = data.encode() if isinstance(data, str) else data
+    if in_bucket(path):
+        path.write_bytes(whole)
+        return
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(whole)
+    part.replace(path)
+
+
 def remove(folder: Path) -> None:
     """Removes a folder with all that is in it, where it is there."""
     if not in_bucket(folder):

@@ -22,12 +22,15 @@ from jaxgpt import hosts
 from jaxgpt.errors import UserError
 
 
-def same(home: Path, other: Path, stage: str, within: float = 1e-5) -> None:
-    """Every figure of a stage agrees; errors of means, which are rounding where all are equal, to 1e-4."""
+def same(home: Path, other: Path, stage: str) -> None:
+    """Losses agree to 1e-5, every other figure to 1e-4."""
     ours, theirs = figures(home, stage), figures(other, stage)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for one, two in zip(ours, theirs, strict=True):
-        assert flat(one) == pytest.approx(flat(two), rel=1e-4, abs=within), stage
+        one, two = flat(one), flat(two)
+        for name in ("loss", "nll"):
+            assert one.get(name, 0.0) == pytest.approx(two.get(name, 0.0), abs=1e-5), (stage, name)
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-4), stage
 
 
 def flat(line: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from jaxgpt.errors import UserError, nearest
@@ -52,7 +52,7 @@ class Record:
 def expand(paths: Paths) -> list[Path]:
     """Looks up files and glob patterns, in the order given (a pattern's files sorted by name), each file once."""
     found: dict[Path, None] = {}
-    for pattern in [paths] if isinstance(paths, str | Path) else paths:
+    for pattern in [paths] if isinstance(paths, str | PurePath) else paths:
         path = place(pattern).expanduser()
         if path.is_dir():
             raise UserError(f"{path} is a folder; name its files, for example {path / '*.jsonl'}")

@@ -20,7 +20,7 @@ from jaxgpt.data.chat import check_template, valid_text
 from jaxgpt.data.sentencepiece_model import SentencePieceModel, train_model
 from jaxgpt.data.templates import default_template, read_template
 from jaxgpt.data.tokenizer_folder import CONFIG, Engine, folder_template, read_engine
-from jaxgpt.places import place
+from jaxgpt.places import place, write_whole
 
 
 class Tokenizer:
@@ -69,9 +69,7 @@ class Tokenizer:
         (folder / "template.jinja").write_bytes(self.template.encode())
         _write_json(folder / CONFIG, self.engine.settings)
         _write_json(folder / "summary.json", {**summary, "hash": self.hash})
-        part = folder / f"{self.engine.file}.part"
-        part.write_bytes(self.engine.data)
-        part.replace(folder / self.engine.file)  # last: it means a whole folder
+        write_whole(folder / self.engine.file, self.engine.data)  # last: it means a whole folder
 
     @cached_property
     def hash(self) -> str:

@@ -26,6 +26,7 @@ from jaxgpt.config.schema import StageConfig
 from jaxgpt.errors import UserError
 from jaxgpt.health import Limits
 from jaxgpt.models.net import Params, count, joined
+from jaxgpt.places import write_whole
 from jaxgpt.train.checkpoint import Checkpoints, save_params
 from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Warnings, Writer
 from jaxgpt.train.state import State, initial_state
@@ -297,8 +298,6 @@ def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: M
         },
     }
     if hosts.first():
-        part = folder / "done.json.part"
-        part.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / "done.json")
+        write_whole(folder / "done.json", json.dumps(done, indent=1) + "\n")
     hosts.barrier(f"the end of {stage.name}")
     return done

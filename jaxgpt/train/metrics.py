@@ -20,7 +20,7 @@ from rich.table import Column
 from rich.text import Text
 
 from jaxgpt.health import Health, Limits
-from jaxgpt.places import in_bucket
+from jaxgpt.places import in_bucket, write_whole
 
 Values = Mapping[str, Any]
 
@@ -84,9 +84,7 @@ def _keep_upto(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(kept))
 
 
 class Warnings:
