@@ -29,11 +29,13 @@ from jaxgpt.config.planned import Planned
 from jaxgpt.config.schema import Config, Section
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.interop.foreign import Foreign, beginnings
+from jaxgpt.launch import find_start
+from jaxgpt.places import place
 from jaxgpt.ready import check_ready
 from jaxgpt.runs import FOREIGN, find_adapters, find_stage, is_foreign
 
 ALWAYS = ("name", "runs", "seed")
-STAGE = (*ALWAYS, "mesh", "tokenizer", "model")
+STAGE = (*ALWAYS, "mesh", "hosts", "tokenizer", "model")
 ALL = tuple(Config.model_fields)
 CONFIG_USAGE = "FILE.yaml [group=name] [key.path=value ...]"
 
@@ -103,9 +105,10 @@ def _pipeline(name: str, words: list[str]) -> int:
         defaults = filled(needs, annotations(Config)[needs])
         raise UserError(f"{needs}: not set in {words[0]}; add the section '{needs}:', or {defaults} for its defaults")
     check_ready(name, loaded)
+    start = find_start(os.environ)
     from jaxgpt.verbs import run_verb
 
-    return run_verb(name, loaded.config)
+    return run_verb(name, loaded.config, start)
 
 
 def _doctor(name: str, words: list[str]) -> int:
@@ -137,11 +140,9 @@ def _plan(name: str, words: list[str]) -> int:
         return code
     # this process is to compile for TPUs, not to look for any
     os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-    from rich.console import Console
-
     from jaxgpt.aot.verb import compile_stages
 
-    return compile_stages(with_vocabulary(loaded.config), found, target, Console(highlight=False)) or code
+    return compile_stages(with_vocabulary(loaded.config), found, target) or code
 
 
 def _report(name: str, words: list[str]) -> int:
@@ -253,10 +254,10 @@ def _run_and_options(name: str, words: list[str]) -> tuple[Path, list[str], Samp
 
 def _folder(word: str) -> Path:
     """Looks for the folder of a run, or a Hugging Face folder. Raises UserError with the nearest one."""
-    path = Path(word)
     if is_foreign(word):
         Foreign.describe(word)
-        return path
+        return Path(word)
+    path = place(word)
     if path.is_dir():
         return path
     if path.exists():

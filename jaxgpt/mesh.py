@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax import P
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, NamedSharding
 
 from jaxgpt.config.schema import MeshConfig, ModelConfig
@@ -156,12 +157,45 @@ def batch_spec(ndim: int) -> P:
     return P(BATCH, *(None,) * (ndim - 1))
 
 
+def host_rows(mesh: jax.sharding.Mesh, rows: int) -> np.ndarray:
+    """Which rows of a batch of so many this host's devices hold, ascending: all of them where there is one host."""
+    held = NamedSharding(mesh, batch_spec(1)).addressable_devices_indices_map((rows,))
+    parts = {index[0].indices(rows) for index in held.values()}
+    return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
-    """This host's rows of a batch, as arrays over all devices."""
-    return {
-        key: jax.make_array_from_process_local_data(NamedSharding(mesh, batch_spec(rows.ndim)), rows)
-        for key, rows in batch.items()
-    }
+    """This host's rows of a batch (`host_rows`), as arrays over all devices."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    here = host_rows(mesh, ways)
+
+    def put(rows: np.ndarray) -> jax.Array:
+        sharding, size = NamedSharding(mesh, batch_spec(rows.ndim)), len(rows) // len(here)
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            first = int(np.searchsorted(here, (index[0].start or 0) // size)) * size
+            return rows[first : first + size]
+
+        return jax.make_array_from_callback((size * ways, *rows.shape[1:]), sharding, part)
+
+    if jax.process_count() == 1:
+        return {key: jax.device_put(rows, NamedSharding(mesh, batch_spec(rows.ndim))) for key, rows in batch.items()}
+    return {key: put(rows) for key, rows in batch.items()}
+
+
+def put_whole(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:
+    """A batch that every host has whole, as arrays over all devices."""
+    return put_batch({key: rows[host_rows(mesh, len(rows))] for key, rows in batch.items()}, mesh)
+
+
+def fetch(tree: Any) -> Any:
+    """Arrays over all devices, whole and as NumPy on every host; to be called by all. Waits for them."""
+
+    def whole(x: jax.Array) -> np.ndarray:
+        here = x.is_fully_addressable or x.is_fully_replicated
+        return np.asarray(x if here else multihost_utils.process_allgather(x, tiled=True))
+
+    return jax.tree.map(whole, tree)
 
 
 def local_rows(x: jax.Array) -> np.ndarray:

@@ -42,7 +42,8 @@ from jaxgpt.evaluate.replies import Asked, Replies, Sampling, load_language, rea
 from jaxgpt.graders import load_scorer
 from jaxgpt.mesh import make_mesh
 from jaxgpt.pipeline import Pipeline
-from jaxgpt.recorded import Inputs, same_inputs, short_hash, write_whole
+from jaxgpt.places import write_whole
+from jaxgpt.recorded import Inputs, same_inputs, short_hash
 from jaxgpt.report import write_report
 from jaxgpt.report.collect import read_run
 from jaxgpt.runs import RANDOM, STAGES, before_study, is_foreign, resolved, result_folder, run_folder

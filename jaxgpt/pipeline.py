@@ -18,6 +18,7 @@ import jax
 import yaml
 from rich.console import Console
 
+from jaxgpt import hosts
 from jaxgpt.config.load import ConfigError, dump
 from jaxgpt.config.schema import Config, RolloutConfig, StageConfig
 from jaxgpt.data.records import file_hash, read_fields, read_texts
@@ -32,7 +33,8 @@ from jaxgpt.evaluate.suite import Suite, read_prompts
 from jaxgpt.graders import load_scorer
 from jaxgpt.interop.foreign import Foreign
 from jaxgpt.mesh import check_batch, make_mesh
-from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs, write_whole
+from jaxgpt.places import place, write_whole
+from jaxgpt.recorded import changes, has_work, refuse, same_inputs, short_hash, stage_inputs
 from jaxgpt.report import summary_table, write_report
 from jaxgpt.runs import (
     RANDOM,
@@ -84,6 +86,9 @@ class Pipeline:
         self.stages(asked, evaluates=self.config.evaluate is not None)
         if self.config.evaluate is not None:
             self.evaluate()
+        hosts.lead(lambda: self._report(began))
+
+    def _report(self, began: float) -> None:
         page = write_report(self.folder)
         self.console.print(summary_table(self.folder))
         self.console.print(f"report  {page}   ({time.monotonic() - began:.0f} s)", highlight=False)
@@ -113,6 +118,7 @@ class Pipeline:
                 check_batch(mesh, section.batch // section.accumulate, f"{name}.batch / {name}.accumulate")
             except UserError as error:
                 problems.append(str(error))
+        problems += hosts.left_out(mesh)
         if problems:
             raise ConfigError(problems)
 
@@ -140,6 +146,9 @@ class Pipeline:
 
     def prepare(self) -> None:
         """Makes the data files, where the config asks for that."""
+        hosts.lead(self._prepare)
+
+    def _prepare(self) -> None:
         made = self.config.prepare
         if made is None:
             return
@@ -160,13 +169,19 @@ class Pipeline:
 
     def _keep_config(self) -> None:
         """Writes the resolved config, once nothing speaks against it."""
+        if not hosts.first():
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_whole(self.folder / "config.yaml", dump(self.config))
 
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer: loaded where it is already there, copied from a file of the user's, or trained."""
+        hosts.lead(self._make_tokenizer)
+        return Tokenizer.load(self.folder / "tokenizer")
+
+    def _make_tokenizer(self) -> None:
         c, home = self.config.tokenizer, self.folder / "tokenizer"
-        given = None if c.path is None else Path(self.paths(c.path)[0])
+        given = None if c.path is None else place(self.paths(c.path)[0])
         template = None if c.template is None else self.paths(c.template)[0]
         if given is not None:
             inputs = {"path": file_hash(tokenizer_files(given))}
@@ -174,7 +189,7 @@ class Pipeline:
             inputs = {"settings": c.model_dump(mode="json"), "text": file_hash(self._learned_from())}
         inputs["template"] = template if template in (None, *BUILT_IN) else file_hash([template])
         if same_inputs(home, inputs):
-            return Tokenizer.load(home)
+            return
         with self.part("tokenizer"):
             if self._begun():
                 raise UserError(
@@ -188,7 +203,6 @@ class Pipeline:
             made.save(home)
             write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
             self.console.print(f"tokenizer  {made.size} pieces", highlight=False)
-        return Tokenizer.load(home)
 
     def _learned_from(self) -> list[str]:
         c = self.config
@@ -206,6 +220,9 @@ class Pipeline:
 
     def tokens(self, tokenizer: Tokenizer) -> None:
         """Token shards of every source of the mixture."""
+        hosts.lead(lambda: self._write_tokens(tokenizer))
+
+    def _write_tokens(self, tokenizer: Tokenizer) -> None:
         data = self.config.data
         for name, source in data.named.items():
             paths, home = self.paths(source.path), self.folder / "tokens" / name
@@ -235,11 +252,14 @@ class Pipeline:
         with jax.set_mesh(mesh):
             run = Run.open(self.config, tokenizer, mesh)
             made: Stage = MAKE[name](run, config)
-            home.mkdir(parents=True, exist_ok=True)
-            write_whole(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
-            self._keep_config()
+            hosts.lead(lambda: self._begin(home, inputs))
             meta = run.meta("scalar" if name == "reward" else "language") | run.adapted(name)
             train(made, home, config, meta, self.console)
+
+    def _begin(self, home: Path, inputs: dict[str, Any]) -> None:
+        home.mkdir(parents=True, exist_ok=True)
+        write_whole(home / "config.yaml", yaml.safe_dump(inputs, sort_keys=False))
+        self._keep_config()
 
     def _inputs(self, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
         config: StageConfig = getattr(self.config, name)
@@ -288,10 +308,13 @@ class Pipeline:
             return
         with self.part("evaluate"):
             results = Suite(self.folder, self.config, c, self.config.mesh, self.console).run()
-            home.mkdir(exist_ok=True)
-            self._keep_config()
-            write_whole(home / "results.json", json.dumps(results, indent=1) + "\n")
-            write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
+            hosts.lead(lambda: self._keep_results(home, results, inputs))
+
+    def _keep_results(self, home: Path, results: dict[str, Any], inputs: dict[str, Any]) -> None:
+        home.mkdir(exist_ok=True)
+        self._keep_config()
+        write_whole(home / "results.json", json.dumps(results, indent=1) + "\n")
+        write_whole(home / "inputs.json", json.dumps(inputs, indent=1) + "\n")
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -300,6 +323,8 @@ class Pipeline:
         yield
         spent = time.monotonic() - began
         self.console.print(f"{name}  {spent:.1f} s", highlight=False)
+        if not hosts.first():
+            return
         book = self.folder / "parts.json"
         known = json.loads(book.read_text()) if book.exists() else {}
         write_whole(book, json.dumps(known | {name: round(known.get(name, 0.0) + spent, 2)}, indent=1) + "\n")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import fnmatch
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 from jaxgpt.config.fields import set_by
 from jaxgpt.config.load import ConfigError, Loaded
@@ -17,6 +16,7 @@ from jaxgpt.data.records import expand
 from jaxgpt.data.templates import BUILT_IN
 from jaxgpt.data.worlds import world_files
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.places import in_bucket, place
 from jaxgpt.runs import RANDOM, STAGES, before_study, demonstrations, parents, reads_text, resolved, run_folder
 
 Paths = str | tuple[str, ...]
@@ -221,9 +221,9 @@ def _missing(loaded: Loaded, needed: dict[str, Paths], prepares: bool) -> Iterat
     made = [str(run_folder(config) / "data" / name) for name in names]
     for setting, given in needed.items():
         for path in resolved(config, given):
-            if fnmatch.filter(made, os.path.normpath(path)):
+            if fnmatch.filter(made, path if in_bucket(path) else os.path.normpath(path)):
                 continue
-            if setting == "tokenizer.path" and Path(path).is_dir():
+            if setting == "tokenizer.path" and place(path).is_dir():
                 continue
             try:
                 expand(path)

@@ -24,13 +24,6 @@ def short_hash(paths: list[str]) -> str:
     return hashlib.sha256(file_hash(paths).encode()).hexdigest()[:16]
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
-
-
 def stage_inputs(home: Path) -> Inputs | None:
     """Reads what a stage was begun from; None where that is not known."""
     try:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jaxgpt.config.schema import Config, Conversations, ModelReward, PpoConfig, RolloutConfig, StageConfig
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.places import place
 
 STAGES = ("pretrain", "sft", "reward", "ppo", "dpo", "grpo", "rloo", "rejection")
 """All stages, in the order in which a run has them."""
@@ -29,7 +30,7 @@ FOREIGN = "hf:"
 
 def run_folder(config: Config) -> Path:
     """Folder of the run."""
-    return Path(config.runs) / config.name
+    return place(config.runs) / config.name
 
 
 def resolved(config: Config, given: str | tuple[str, ...]) -> list[str]:
@@ -149,7 +150,7 @@ def result_folder(config: Config, init: str, kind: str = "language") -> Path:
 
     Raises UserError where that has not finished.
     """
-    folder = run_folder(config) / init if init in STAGES else Path(resolved(config, init)[0])
+    folder = run_folder(config) / init if init in STAGES else place(resolved(config, init)[0])
     if is_finished(folder):
         return folder
     if init in STAGES:

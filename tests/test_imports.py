@@ -25,7 +25,7 @@ PURE = (
     ("train.step",),
 )
 EDGE = (
-    ("data", "recorded", "runs", "health", "train.checkpoint", "train.metrics"),
+    ("places", "data", "recorded", "runs", "health", "launch", "hosts", "train.checkpoint", "train.metrics"),
     ("train.loop",),
     ("interop", "ready", "graders"),
     ("stages",),
@@ -42,7 +42,7 @@ ALONE = ("train",)  # a package whose parts lie in several layers; its own __ini
 
 IMPURE = ("time", "datetime", "os", "logging", "pathlib", "subprocess", "socket")  # files, clock, log, environment
 PURE_ROOMS = tuple(name for names in PURE[2:] for name in names)
-WITHOUT_JAX = ("errors", "config", "data", "runs", "recorded", "health", "report", "ready", "plan")
+WITHOUT_JAX = ("errors", "config", "data", "runs", "recorded", "health", "report", "ready", "plan", "launch", "places")
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 
 LONGEST_FILE, LONGEST_FUNCTION = 350, 80

@@ -17,7 +17,7 @@ from jaxgpt.plan.estimate import Estimate
 from jaxgpt.plan.show import put, table
 
 
-def compile_stages(config: Config, found: Sequence[Estimate], target: Target, console: Console) -> int:
+def compile_stages(config: Config, found: Sequence[Estimate], target: Target) -> int:
     """Compiles on the chosen mesh of each stage's estimate, and prints the figures beside the estimated ones.
 
     1 where a program does not fit or the partitioner had to make a tensor whole that is split, else 0.
@@ -25,7 +25,7 @@ def compile_stages(config: Config, found: Sequence[Estimate], target: Target, co
     """
     if target.chip.kind != "tpu":
         raise UserError(f"compile: {target.name} is no TPU, expected a target such as v5p:4x4x8")
-    devices, failed = target_devices(target.topology, target.slices), 0
+    devices, failed, console = target_devices(target.topology, target.slices), 0, Console(highlight=False)
     for one in found:
         if one.chosen is None:
             continue

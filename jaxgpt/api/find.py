@@ -21,6 +21,8 @@ from jaxgpt.mesh import make_mesh
 from jaxgpt.models.heads import HEAD, language_model, scalar_model
 from jaxgpt.models.lora import merged, split
 from jaxgpt.models.net import Params, joined
+from jaxgpt.places import absolute as absolute_path
+from jaxgpt.places import place
 from jaxgpt.runs import find_stage, is_foreign
 from jaxgpt.stages.run import vocabulary
 from jaxgpt.train.checkpoint import abstract, load_checkpoint, load_params, params_meta
@@ -35,7 +37,7 @@ def load(path: str | Path, stage: str | None = None, mesh: MeshConfig | None = N
     devices = make_mesh(mesh or MeshConfig(data=1, fsdp=1, tensor=1))
     if is_foreign(path):
         return _foreign(find_stage(Path(path), stage), devices)
-    path = Path(path)
+    path = place(path)
     if path.parent.name == "checkpoints" and path.is_dir() and stage is None:
         folder, home = path, path.parent.parent.parent / "tokenizer"
         with jax.set_mesh(devices):
@@ -91,8 +93,10 @@ def _foreign(path: Path, devices: jax.sharding.Mesh) -> Model:
     )
 
 
-def keep_compiled() -> None:
-    """Keeps compiled programs between processes, unless the environment of jax already says where."""
+def keep_compiled(folder: Path | None = None) -> None:
+    """Keeps compiled programs between processes, in a folder or the user's cache, unless the environment of jax already
+    says where."""
     if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxgpt" / "compiled"))
+        folder = folder or Path.home() / ".cache" / "jaxgpt" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(absolute_path(folder)))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

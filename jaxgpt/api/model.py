@@ -18,7 +18,7 @@ from jaxgpt.data.chat import answer_lead, render
 from jaxgpt.data.conversations import check_messages
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
-from jaxgpt.mesh import BATCH, check_model, put_batch
+from jaxgpt.mesh import BATCH, check_model, fetch, put_whole
 from jaxgpt.models.heads import language_model, scalar_model
 from jaxgpt.models.net import Params
 from jaxgpt.runs import KINDS
@@ -225,7 +225,7 @@ class Model:
             raise UserError(found)
         batch = right_padded(rows, bucket(len(rows), self._ways), min(bucket(longest, SCORED), context))
         with jax.set_mesh(self.mesh):
-            result = np.asarray(jax.device_get(function(self.params, put_batch(batch, self.mesh), *more)))[: len(rows)]
+            result = np.asarray(fetch(function(self.params, put_whole(batch, self.mesh), *more)))[: len(rows)]
         if result.ndim == 1:
             return result
         given = np.shape(tokens)[1] if isinstance(tokens, np.ndarray | jax.Array) else longest
@@ -238,12 +238,12 @@ class Model:
         batch = left_padded(rows, count, width, self.tokenizer.pad)
         with jax.set_mesh(self.mesh):
             key, temperature, kept = jax.random.key(s.seed % 2**32), jnp.float32(s.temperature), self._filter(s)
-            state = self._start(self.params, put_batch(batch, self.mesh), bucket(s.max_tokens, SAMPLED))
+            state = self._start(self.params, put_whole(batch, self.mesh), bucket(s.max_tokens, SAMPLED))
         stopped: dict[int, Generation] = {}
         for limit in (*range(s.every, s.max_tokens, s.every), s.max_tokens):
             with jax.set_mesh(self.mesh):
                 state = self._advance(self.params, state, key, temperature, kept, jnp.int32(limit))
-                found = jax.device_get((state.tokens_BN, state.logp_BN, state.lengths_B, state.done_B))
+                found = fetch((state.tokens_BN, state.logp_BN, state.lengths_B, state.done_B))
             responses = []
             for i, (tokens, logp, length, done) in enumerate(zip(*(part[: len(rows)] for part in found), strict=True)):
                 response, cut = self._response(tokens[:length].tolist(), logp[:length], bool(done), s.stop)

@@ -74,6 +74,17 @@ class MeshConfig(Section):
         return self
 
 
+class HostsConfig(Section):
+    """How long the processes of a run on several hosts wait for each other. Changes nothing of what comes out."""
+
+    start_timeout: Count = 300
+    """Seconds until all hosts are there."""
+    barrier_timeout: Count = 1800
+    """Seconds until all hosts come to where they meet, before and after each stage."""
+    heartbeat_timeout: Count = 100
+    """Seconds without a sign of life after which a host counts as dead and the others end."""
+
+
 class NormConfig(Section):
     """Normalisation before each sub-layer and before the output."""
 
@@ -1061,6 +1072,8 @@ class Config(Section):
     """Seed of every random choice but the prepared data's."""
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
+    hosts: HostsConfig = HostsConfig()
+    """Time-outs between hosts."""
     prepare: Prepare | None = None
     """Makes data files first."""
     data: DataConfig = DataConfig()

@@ -7,7 +7,7 @@ gathered many at a time. A host reads its own rows of each global batch, so the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -49,8 +49,8 @@ class Draws:
     def __getitem__(self, draw: int) -> Batch:
         return {key: value[0] for key, value in self.gather(range(draw, draw + 1)).items()}
 
-    def gather(self, draws: range) -> Batch:
-        """The rows of these draws, stacked; draws beyond the end are rows of zeros, which no loss counts."""
+    def gather(self, draws: Sequence[int]) -> Batch:
+        """The rows of these draws, ascending, stacked; draws beyond the end are rows of zeros, which no loss counts."""
         known = [int(self.order[draw]) for draw in draws if draw < len(self)]
         rows = np.array(known or [0], np.int64)
         source = np.searchsorted(self._begins, rows, side="right") - 1
@@ -98,23 +98,17 @@ def ordered(*sources: RowSource) -> Draws:
 class Batches:
     """`batches[step]` is this host's rows of the global batch of a step: pure, and the same for any number of hosts."""
 
-    def __init__(self, draws: Draws, batch: int, hosts: tuple[int, int] = (0, 1)):
-        host, count = hosts
-        if not 0 <= host < count:
-            raise ValueError(f"host {host} of {count}")
-        if batch % count:
-            raise UserError(f"batch {batch} is not a multiple of the {count} hosts")
+    def __init__(self, draws: Draws, batch: int, rows: Sequence[int] | np.ndarray | None = None):
+        """`rows` of the global batch are this host's, ascending; all of them where None."""
         self.draws = draws
         self.batch = batch
-        self._rows = batch // count
-        self._first = host * self._rows
+        self._rows = range(batch) if rows is None else [int(row) for row in rows]
 
     def __len__(self) -> int:
         return -(-len(self.draws) // self.batch)
 
     def __getitem__(self, step: int) -> Batch:
-        begin = step * self.batch + self._first
-        return self.draws.gather(range(begin, begin + self._rows))
+        return self.draws.gather([step * self.batch + row for row in self._rows])
 
     def iterate(self, start: int = 0) -> Iterator[Batch]:
         """Batches from step `start` on, read ahead by a thread of grain's; the iterator has `close()`."""

@@ -11,10 +11,11 @@ import json
 import lzma
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.places import local, matching, place
 
 Paths = str | Path | Sequence[str | Path]
 _PACKED = (".gz", ".zst", ".xz", ".bz2")
@@ -51,11 +52,11 @@ class Record:
 def expand(paths: Paths) -> list[Path]:
     """Looks up files and glob patterns, in the order given (a pattern's files sorted by name), each file once."""
     found: dict[Path, None] = {}
-    for pattern in [paths] if isinstance(paths, str | Path) else paths:
-        path = Path(pattern).expanduser()
+    for pattern in [paths] if isinstance(paths, str | PurePath) else paths:
+        path = place(pattern).expanduser()
         if path.is_dir():
             raise UserError(f"{path} is a folder; name its files, for example {path / '*.jsonl'}")
-        matches = [path] if path.is_file() else [Path(m) for m in sorted(glob.glob(str(path), recursive=True))]
+        matches = [path] if path.is_file() else matching(path)
         matches = [match for match in matches if match.is_file()]
         if not matches:
             raise UserError(_missing(path))
@@ -129,12 +130,13 @@ def file_hash(paths: Paths) -> str:
     """Reads files whole; SHA-256 (hex) of their contents in order, whatever their names."""
     total = hashlib.sha256()
     for path in expand(paths):
-        with path.open("rb") as file:
+        with local(path).open("rb") as file:
             total.update(hashlib.file_digest(file, "sha256").digest())
     return total.hexdigest()
 
 
 def _open(path: Path) -> IO[bytes]:
+    path = local(path)
     match path.suffix:
         case ".gz":
             return gzip.open(path, "rb")

@@ -6,6 +6,7 @@ from collections.abc import Container
 from pathlib import Path
 
 from jaxgpt.errors import UserError, nearest
+from jaxgpt.places import place
 
 ROLES = {"system": "<|system|>", "user": "<|user|>", "assistant": "<|assistant|>"}
 """The control pieces that the template `roles` writes."""
@@ -70,7 +71,7 @@ def read_template(given: str | Path) -> tuple[str, str]:
     """(text, name) of a built-in template, or of a file. Raises UserError where it is neither."""
     if given in BUILT_IN:
         return BUILT_IN[str(given)], str(given)
-    path = Path(given).expanduser()
+    path = place(given).expanduser()
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         names = ", ".join(BUILT_IN)

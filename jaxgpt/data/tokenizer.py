@@ -20,6 +20,7 @@ from jaxgpt.data.chat import check_template, valid_text
 from jaxgpt.data.sentencepiece_model import SentencePieceModel, train_model
 from jaxgpt.data.templates import default_template, read_template
 from jaxgpt.data.tokenizer_folder import CONFIG, Engine, folder_template, read_engine
+from jaxgpt.places import place, write_whole
 
 
 class Tokenizer:
@@ -54,7 +55,7 @@ class Tokenizer:
         `template` is a Jinja file or the name of a built-in one; unset takes the folder's, else the built-in one that
         suits. Of a folder with a tokenizer.model and a tokenizer.json the first is read where it has all pieces.
         """
-        path = Path(path).expanduser()
+        path = place(path).expanduser()
         engine = read_engine(path)
         found = read_template(template) if template is not None else folder_template(path) if path.is_dir() else None
         return cls(engine, *(found or default_template(engine.control)))
@@ -62,15 +63,13 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Writes the engine's file, tokenizer_config.json (what it does not say), template.jinja and summary.json (for
         people)."""
-        folder = Path(folder)
+        folder = place(folder)
         folder.mkdir(parents=True, exist_ok=True)
         summary = {"size": self.size, "bos": self.bos, "eos": self.eos, "pad": self.pad, "control": self.control}
         (folder / "template.jinja").write_bytes(self.template.encode())
         _write_json(folder / CONFIG, self.engine.settings)
         _write_json(folder / "summary.json", {**summary, "hash": self.hash})
-        part = folder / f"{self.engine.file}.part"
-        part.write_bytes(self.engine.data)
-        part.replace(folder / self.engine.file)  # last: it means a whole folder
+        write_whole(folder / self.engine.file, self.engine.data)  # last: it means a whole folder
 
     @cached_property
     def hash(self) -> str:

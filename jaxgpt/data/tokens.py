@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ import numpy as np
 from jaxgpt.config.schema import DataConfig
 from jaxgpt.data.tokenizer import Tokenizer
 from jaxgpt.errors import UserError
+from jaxgpt.places import local, place, publish, remove, scratch
 
 Split = Literal["train", "val"]
 
@@ -42,16 +42,29 @@ def write_tokens(
     "document" holds out the documents whose hash falls in the fraction, and at least one where there are two or more;
     "tail" holds out the last tokens. Documents without a visible character are dropped and counted.
     """
-    folder = Path(folder)
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    folder = place(folder)
+    part = scratch(folder)
+    try:
+        _write(texts, tokenizer, part, folder.name, val_fraction, val_split, source_hash)
+        publish(part, folder, "index.json")
+    finally:
+        remove(part)
+
+
+def _write(
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    part: Path,
+    name: str,
+    val_fraction: float,
+    val_split: Literal["document", "tail"],
+    source_hash: str,
+) -> None:
     dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
     with (part / "all.bin").open("wb") as file:
         documents = _write_stream(texts, tokenizer, dtype, file)
     if not documents.starts:
-        shutil.rmtree(part)
-        raise UserError(f"source {folder.name}: there is no text in its files ({documents.empty} empty documents)")
+        raise UserError(f"source {name}: there is no text in its files ({documents.empty} empty documents)")
     stream = np.memmap(part / "all.bin", dtype, mode="r")
     if val_split == "document":
         splits = _by_document(stream, documents, val_fraction, part)
@@ -71,14 +84,12 @@ def write_tokens(
         "splits": splits,
     }
     (part / "index.json").write_text(json.dumps(index, indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    part.rename(folder)
 
 
 def is_current(folder: str | Path, tokenizer: Tokenizer, source_hash: str, config: DataConfig) -> bool:
     """Whether the folder holds, undamaged, what `write_tokens` would write again."""
     try:
-        index = _read_index(Path(folder))
+        index = _read_index(place(folder))
         for split in _SPLITS:
             Shard.open(folder, split)
     except UserError:
@@ -100,7 +111,7 @@ class Shard:
     @classmethod
     def open(cls, folder: str | Path, split: Split) -> Shard:
         """Maps the files; raises UserError naming the one that is missing or has another size than the index says."""
-        folder = Path(folder)
+        folder = place(folder)
         index = _read_index(folder)
         counts = index["splits"][split]
         tokens = _mapped(folder / f"{split}.bin", np.dtype(index["dtype"]).newbyteorder("<"), counts["tokens"])
@@ -294,8 +305,9 @@ def _read_index(folder: Path) -> dict:
 
 
 def _mapped(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    size = path.stat().st_size if path.is_file() else None
+    kept = local(path) if path.is_file() else None
+    size = None if kept is None else kept.stat().st_size
     if size != count * dtype.itemsize:
         found = "is missing" if size is None else f"has {size} bytes"
         raise UserError(f"{path} {found}, expected {count * dtype.itemsize}; remove {path.parent} to tokenize it again")
-    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)
+    return np.memmap(kept, dtype, mode="r") if count else np.empty(0, dtype)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +11,7 @@ from typing import Any
 from jaxgpt.config.schema import MeadowConfig, Prepare
 from jaxgpt.data.arithmetic import files as arithmetic
 from jaxgpt.data.meadow import files as meadow
+from jaxgpt.places import publish, remove, scratch
 
 MARKER = "world.json"
 
@@ -32,16 +30,14 @@ def write_world(folder: Path, config: Prepare) -> None:
     """
     if is_current(folder, config):
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    made = scratch(folder)
     try:
         for name, lines in _world(config).records(config).items():
-            _write_jsonl(scratch / name, lines)
-        (scratch / MARKER).write_text(json.dumps(_marker(config), indent=1) + "\n")
-        scratch.chmod(0o755)
-        _replace(folder, scratch)
+            _write_jsonl(made / name, lines)
+        (made / MARKER).write_text(json.dumps(_marker(config), indent=1) + "\n")
+        publish(made, folder, MARKER)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove(made)
 
 
 def is_current(folder: Path, config: Prepare) -> bool:
@@ -66,12 +62,3 @@ def _write_jsonl(path: Path, lines: Iterable[Json]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def _replace(folder: Path, scratch: Path) -> None:
-    """Puts `scratch` in the place of `folder`; an old one is set aside first and then deleted."""
-    old = scratch.with_name(scratch.name + "-old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(scratch, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -31,7 +31,7 @@ from jaxgpt.evaluate.named import (
 )
 from jaxgpt.evaluate.replies import Asked, Replies, Sampling, load_language, read_prompts, reply
 from jaxgpt.graders import GRADES, check_record
-from jaxgpt.recorded import write_whole
+from jaxgpt.places import write_whole
 
 if TYPE_CHECKING:
     from jaxgpt.api import Model

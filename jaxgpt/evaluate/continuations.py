@@ -19,7 +19,7 @@ import numpy as np
 from jaxgpt.api import Model
 from jaxgpt.errors import UserError
 from jaxgpt.losses import token_logp
-from jaxgpt.mesh import put_batch
+from jaxgpt.mesh import fetch, put_whole
 from jaxgpt.models.net import Params
 from jaxgpt.sampling import bucket, left_padded, left_positions
 
@@ -111,7 +111,7 @@ class Scorer:
             batch["last"][i, : len(row.ends)] = [token for _, _, token in row.ends]
         predicting = min(_power(max(row.longest for row in rows)), width)
         with jax.set_mesh(model.mesh):
-            return jax.device_get(self._score(model.params, put_batch(batch, model.mesh), predicting))
+            return fetch(self._score(model.params, put_whole(batch, model.mesh), predicting))
 
 
 def _power(count: int) -> int:

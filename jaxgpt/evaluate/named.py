@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from jaxgpt.errors import UserError
 from jaxgpt.interop.foreign import Foreign
-from jaxgpt.recorded import write_whole
+from jaxgpt.places import write_whole
 from jaxgpt.runs import FOREIGN, KINDS, STAGES, find_stage, finished, is_finished, is_foreign
 
 Results = dict[str, Any]

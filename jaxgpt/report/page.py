@@ -13,6 +13,7 @@ from typing import Any
 import jinja2
 import yaml
 
+from jaxgpt.places import write_whole
 from jaxgpt.report import numbers
 from jaxgpt.report.alignment import alignment_view
 from jaxgpt.report.collect import Run, read_run
@@ -37,9 +38,9 @@ def write_report(run: Path) -> Path:
     """
     found = read_run(run)
     figures = report_figures(found)
-    _write(run / "report.json", json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(run / "report.json", json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     page = run / "report.html"
-    _write(page, render_page(found, figures))
+    write_whole(page, render_page(found, figures))
     return page
 
 
@@ -76,13 +77,6 @@ def render_page(run: Run, figures: Mapping[str, Any]) -> str:
         environment=run.environment or {},
         config=yaml.safe_dump(dict(run.config), sort_keys=False, allow_unicode=True) if run.config else "",
     )
-
-
-def _write(path: Path, text: str) -> None:
-    """Writes a file so that no reader ever sees half of it."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _date(stamp: str | None) -> str:

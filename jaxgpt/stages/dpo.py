@@ -16,7 +16,7 @@ from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.data.preferences import PreferenceRows, preferences
 from jaxgpt.data.rankings import load_split
 from jaxgpt.losses import Metrics, Ratio, dpo, sequence_logp
-from jaxgpt.mesh import BATCH, check_batch
+from jaxgpt.mesh import BATCH, check_batch, host_rows
 from jaxgpt.models.heads import LanguageModel, language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
@@ -130,13 +130,13 @@ def stage(run: Run, config: DpoConfig) -> Stage:
     )
     rows, test = load(run, config)
     loss = preference_loss(model.net, config)
-    files = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
+    files = FromData(Batches(single(rows, run.config.seed), config.batch, host_rows(run.mesh, config.batch)), run.mesh)
     mean = config.loss == "ipo" and config.length_normalized
     reference = run.start_language("dpo") if config.lora is None else model.frozen()
     source = WithReference(files, plain, reference, mean)
     evaluate = None
     if test is not None:
-        fixed = Batches(ordered(test), config.batch, run.hosts)
+        fixed = Batches(ordered(test), config.batch, host_rows(run.mesh, config.batch))
         batches = held_out(fixed, config.eval_batches, run.mesh)
         evaluate = mean_of(loss, [source.complete(batch) for batch in batches])
     return Stage(

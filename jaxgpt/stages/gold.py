@@ -17,7 +17,7 @@ from jax import P
 from jaxgpt.config.schema import GoldConfig, RolloutConfig
 from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.graders import check_records
-from jaxgpt.mesh import put_batch
+from jaxgpt.mesh import host_rows, put_batch
 from jaxgpt.models.net import Params, joined
 from jaxgpt.runs import parents
 from jaxgpt.sampling import bucket
@@ -131,11 +131,11 @@ class Gold:
         """The prompts in chunks of one size, this host's rows; the last chunk is filled up with rows of weight 0."""
         rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
         size = min(self.config.rollout_batch or self.config.episodes, -(-self._count // rows) * rows)
-        host, hosts = jax.process_index(), jax.process_count()
+        here = host_rows(self.mesh, size)
         longest = max(len(self.prompts.prompts[row]) for row in range(self._count // self._each))
         width = min(bucket(longest, WIDTH), self.config.prompt_length)
         for begin in range(0, self._count, size):
-            mine = np.arange(begin, begin + size)[host * (size // hosts) :][: size // hosts]
+            mine = begin + here
             numbers = (mine % self._count // self._each).astype(np.int32)
             asked = [self.prompts[row] for row in numbers.tolist()]
             yield {

@@ -16,10 +16,11 @@ from jaxgpt.config.schema import RewardConfig
 from jaxgpt.data.chat import render
 from jaxgpt.data.mixture import single
 from jaxgpt.data.rankings import RankingRows
+from jaxgpt.mesh import put_whole
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Params
 from jaxgpt.sampling import generate, left_padded
-from jaxgpt.stages.run import Run, put_whole
+from jaxgpt.stages.run import Run
 from jaxgpt.train.step import Batch
 
 LEAST = 1e-6
@@ -79,7 +80,7 @@ def policy_samples(run: Run, config: RewardConfig, rows: RankingRows) -> list[np
     found: list[np.ndarray] = []
     for begin in range(0, len(chosen), batch):
         part = [chosen[i % len(chosen)] for i in range(begin, begin + batch)]
-        given = put_whole(left_padded(part, batch, width, pad), run)
+        given = put_whole(left_padded(part, batch, width, pad), run.mesh)
         tokens_BN, lengths_B = jax.device_get(respond(policy, given, jax.random.fold_in(key, begin)))
         found += [
             np.concatenate([prompt, tokens[:length]])[: config.context]

@@ -11,7 +11,7 @@ from jaxgpt.data.mixture import Batches, describe, mixture, ordered
 from jaxgpt.data.tokens import Rows, Shard
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Ratio, next_token
-from jaxgpt.mesh import check_batch
+from jaxgpt.mesh import check_batch, host_rows
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
@@ -58,7 +58,7 @@ def sources(run: Run, context: int) -> dict[str, Rows]:
 def text_batches(run: Run, context: int, batch: int) -> Batches:
     """Batches of the mixture of text, by step."""
     weights = {name: source.weight for name, source in run.config.data.named.items()}
-    return Batches(mixture(sources(run, context), weights, run.config.seed), batch, run.hosts)
+    return Batches(mixture(sources(run, context), weights, run.config.seed), batch, host_rows(run.mesh, batch))
 
 
 def stage(run: Run, config: PretrainConfig) -> Stage:
@@ -75,7 +75,7 @@ def stage(run: Run, config: PretrainConfig) -> Stage:
                 "there is no held-out text: data.val_split=document holds out whole documents, and each source has "
                 "only one; set data.val_split=tail, or data.val_fraction=0 for no validation"
             )
-        fixed = Batches(ordered(*rows), config.batch, run.hosts)
+        fixed = Batches(ordered(*rows), config.batch, host_rows(run.mesh, config.batch))
         evaluate = mean_of(language_loss(net), held_out(fixed, config.eval_batches, run.mesh))
     source = FromData(text_batches(run, config.context, config.batch), run.mesh)
     return Stage(

@@ -18,7 +18,7 @@ from jaxgpt.data.conversations import load_demonstrations
 from jaxgpt.data.mixture import Batches, ordered, single
 from jaxgpt.data.rankings import WIDTH, RankingRows, load_split
 from jaxgpt.losses import Metrics, best_of_k, centring, plackett_luce, ranking
-from jaxgpt.mesh import BATCH, check_batch
+from jaxgpt.mesh import BATCH, check_batch, host_rows, put_whole
 from jaxgpt.models.heads import ScalarModel, scalar_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
@@ -26,7 +26,7 @@ from jaxgpt.runs import RANDOM, demonstrations
 from jaxgpt.sampling import right_padded
 from jaxgpt.stages.normalization import folded, references, standardization, whole_batches
 from jaxgpt.stages.pretrain import mean_of
-from jaxgpt.stages.run import FromData, Run, held_out, put_whole
+from jaxgpt.stages.run import FromData, Run, held_out
 from jaxgpt.stages.trained import trained
 from jaxgpt.train.loop import Stage
 from jaxgpt.train.state import State
@@ -80,7 +80,7 @@ def score_sequences(run: Run, net: Net, params: Params, sequences: Sequence[np.n
     parts = []
     for begin in range(0, len(sequences), batch):
         rows = right_padded(sequences[begin : begin + batch], batch, width)
-        parts.append(jax.device_get(scores(params, put_whole(rows, run))))
+        parts.append(jax.device_get(scores(params, put_whole(rows, run.mesh))))
     return np.concatenate(parts)[: len(sequences)]
 
 
@@ -134,12 +134,12 @@ def stage(run: Run, config: RewardConfig) -> Stage:
     data = load(run, config)
     rows, loss = data.rows, ranking_loss(config, model.net)
     draws = single(rows, run.config.seed, None if config.steps else config.epochs)
-    batches = Batches(draws, config.batch, run.hosts)
+    batches = Batches(draws, config.batch, host_rows(run.mesh, config.batch))
     steps = config.steps or len(batches)
     source = FromData(batches, run.mesh)
     evaluate = None
     if data.test is not None:
-        fixed = Batches(ordered(data.test), config.batch, run.hosts)
+        fixed = Batches(ordered(data.test), config.batch, host_rows(run.mesh, config.batch))
         evaluate = mean_of(loss, held_out(fixed, config.eval_batches, run.mesh))
     known: dict[str, Any] = {}
 

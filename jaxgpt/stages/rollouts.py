@@ -23,7 +23,7 @@ from jaxgpt.config.schema import RolloutConfig
 from jaxgpt.data.mixture import Batches, Draws
 from jaxgpt.data.prompts import PromptRows
 from jaxgpt.data.tokenizer import Tokenizer
-from jaxgpt.mesh import batch_spec, put_batch
+from jaxgpt.mesh import batch_spec, fetch, host_rows, put_batch
 from jaxgpt.models.net import Params, joined
 from jaxgpt.sampling import bucket, generate
 from jaxgpt.stages.episodes import Actors, masked_mean
@@ -167,7 +167,7 @@ class Rollouts:
     def _varied(self, episodes: Batch, scores: Scores) -> np.ndarray:
         """Which groups have different rewards, [P] bool."""
         rewards_B = reward(self.config, scores["total"], episodes["ended"])
-        return np.ptp(np.asarray(rewards_B).reshape(-1, self.config.responses), axis=1) > 0
+        return np.ptp(fetch(rewards_B).reshape(-1, self.config.responses), axis=1) > 0
 
     def _prompts(self, number: int) -> Iterator[dict[str, np.ndarray]]:
         """The prompts of a rollout, each as often as it is answered, in chunks of similar lengths; this host's rows."""
@@ -177,11 +177,11 @@ class Rollouts:
         order = np.argsort(drawn["segments"].sum(axis=1), kind="stable")
         order = np.repeat(order if c.rollout_batch is not None else np.arange(count), c.responses)
         size = c.rollout_batch or c.episodes
-        host, hosts = jax.process_index(), jax.process_count()
+        here = host_rows(self.mesh, size)
         for begin in range(0, c.episodes, size):
             rows = order[begin : begin + size]
             width = min(bucket(int(drawn["segments"][rows].sum(axis=1).max()), WIDTH), c.prompt_length)
-            mine = rows[host * (size // hosts) :][: size // hosts]
+            mine = rows[here]
             yield {
                 "tokens": drawn["tokens"][mine, -width:],
                 "segments": drawn["segments"][mine, -width:],
@@ -207,7 +207,7 @@ class Rollouts:
         """The first episodes, to be read by people."""
         shown = {name: measured[name] for name in ("tokens", "segments", "mask", "ended")}
         first = self._part({**shown, "score": scores["total"], "kl": kl_B}, 0, self.config.batch)
-        kept = {name: np.asarray(x.addressable_shards[0].data) for name, x in first.items()}
+        kept = fetch(first)
         return tuple(self._sample(kept, i) for i in range(min(self.config.samples, len(kept["mask"]))))
 
     def _sample(self, episodes: Mapping[str, np.ndarray], i: int) -> dict[str, Any]:

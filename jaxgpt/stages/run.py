@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from jaxgpt.config.schema import Config, LoraConfig, ModelConfig, PretrainConfig
 from jaxgpt.data.mixture import Batches
@@ -70,11 +69,6 @@ class Run:
     def key(self, name: str) -> jax.Array:
         """The root of a stage's randomness."""
         return jax.random.fold_in(jax.random.key(self.config.seed), _number(name))
-
-    @property
-    def hosts(self) -> tuple[int, int]:
-        """This host's number and how many there are."""
-        return jax.process_index(), jax.process_count()
 
     def paths(self, given: str | tuple[str, ...]) -> list[str]:
         """Paths of the config, with {run} put in."""
@@ -192,12 +186,6 @@ class FromData:
         if self._ahead is not None:
             self._ahead.close()
             self._ahead = None
-
-
-def put_whole(batch: Mapping[str, np.ndarray], run: Run) -> dict[str, jax.Array]:
-    """A batch that every host has whole, over all devices."""
-    host, hosts = run.hosts
-    return put_batch({name: x[host * (len(x) // hosts) :][: len(x) // hosts] for name, x in batch.items()}, run.mesh)
 
 
 def held_out(batches: Batches, most: int, mesh: jax.sharding.Mesh) -> list[Mapping[str, jax.Array]]:

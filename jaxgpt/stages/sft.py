@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.config.schema import SftConfig
 from jaxgpt.data.conversations import PackedConversations, load_conversations
 from jaxgpt.data.mixture import Batches, ordered, single
-from jaxgpt.mesh import check_batch
+from jaxgpt.mesh import check_batch, host_rows, put_whole
 from jaxgpt.models.heads import language_model
 from jaxgpt.optim import adamw, schedule
 from jaxgpt.stages.pretrain import language_loss, lower_nll, mean_of
@@ -27,13 +27,8 @@ class WithSeeds:
     def __call__(self, step: int, state: State) -> Drawn:
         """The batch of a step."""
         drawn = self._source(step, state)
-        first = jax.process_index() * self._rows // jax.process_count()
-        every = np.random.SeedSequence([self._seed, step]).generate_state(self._rows)
-        seeds = every[first : first + self._rows // jax.process_count()]
-        spread = jax.make_array_from_process_local_data(
-            jax.sharding.NamedSharding(self._mesh, jax.P(("data", "fsdp"))), seeds
-        )
-        return drawn._replace(batch={**drawn.batch, "seeds": spread})
+        seeds = np.random.SeedSequence([self._seed, step]).generate_state(self._rows)
+        return drawn._replace(batch={**drawn.batch, **put_whole({"seeds": seeds}, self._mesh)})
 
 
 def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConversations | None]:
@@ -59,11 +54,11 @@ def stage(run: Run, config: SftConfig) -> Stage:
         run.key("sft"),
     )
     rows, test = load(run, config)
-    source = FromData(Batches(single(rows, run.config.seed), config.batch, run.hosts), run.mesh)
+    source = FromData(Batches(single(rows, run.config.seed), config.batch, host_rows(run.mesh, config.batch)), run.mesh)
     evaluate = None
     if test is not None:
         still = language_model(c, run.vocab, lora=config.lora)  # without dropout
-        fixed = Batches(ordered(test), config.batch, run.hosts)
+        fixed = Batches(ordered(test), config.batch, host_rows(run.mesh, config.batch))
         evaluate = mean_of(language_loss(still), held_out(fixed, config.eval_batches, run.mesh))
     notes = [*model.notes, f"{rows.count:,} conversations in {len(rows):,} rows, {rows.efficiency:.1%} filled"]
     if rows.cut:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,10 @@ import jax
 from jax.sharding import NamedSharding
 from orbax.checkpoint import v1 as ocp
 
+from jaxgpt import hosts
 from jaxgpt.errors import UserError
+from jaxgpt.places import absolute as absolute_path
+from jaxgpt.places import remove
 from jaxgpt.train.state import State, fingerprint
 
 
@@ -64,7 +66,7 @@ class Checkpoints:
     """The checkpoints of one stage, saved asynchronously; `warn` is told of each that turns out to be damaged."""
 
     def __init__(self, folder: Path, keep: int, warn: Callable[[str], None] = print):
-        self._folder, self._warn = folder.absolute(), warn
+        self._folder, self._warn = absolute_path(folder), warn
         self._kept = _Kept(keep)
         self._pending: Any = None
         self._open()
@@ -130,7 +132,7 @@ class Checkpoints:
             meta = saved.custom_metadata or {}
             if meta.get("layout") != _layout(wanted):
                 check_same(saved.metadata, wanted, where)
-            tree = self._orbax.load(step, wanted)
+            tree = hosts.all_or_none(lambda: self._orbax.load(step, wanted))
             if _seal(tree, meta["host"]) != meta["seal"]:
                 raise ValueError("the contents are not those that were saved")
         except (UserError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
@@ -140,15 +142,18 @@ class Checkpoints:
         return State(**tree), meta["host"]
 
     def _set_aside(self, damaged: Mapping[int, DamagedCheckpoint]) -> None:
-        if not damaged or jax.process_index() != 0:
+        if not damaged:
             return
+        hosts.lead(lambda: self._rename(damaged))
+        self._orbax.close()
+        self._open()
+
+    def _rename(self, damaged: Mapping[int, DamagedCheckpoint]) -> None:
         for step, error in damaged.items():
             names = (self._folder / f"damaged-{step}{'+' * tries}" for tries in itertools.count())
             aside = next(name for name in names if not name.exists())
             (self._folder / str(step)).rename(aside)
             self._warn(f"damaged checkpoint, now called {aside.name}: {error}; the one before is taken")
-        self._orbax.close()
-        self._open()
 
     def close(self) -> None:
         """Waits for the last save and lets go."""
@@ -161,7 +166,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
     Raises UserError where there is none, or it is damaged.
     """
-    where, everywhere = str(folder.absolute()), NamedSharding(jax.sharding.get_mesh(), jax.P())
+    where, everywhere = str(absolute_path(folder)), NamedSharding(jax.sharding.get_mesh(), jax.P())
     try:
         saved = ocp.metadata(where)
         meta = saved.custom_metadata or {}
@@ -222,16 +227,21 @@ def save_params(folder: Path, params: Any, meta: Mapping[str, Any]) -> str:
     """Writes parameters alone, with a JSON description; returns their fingerprint."""
     mark = fingerprint(params)
     meta = {**meta, "layout": _layout(params), "fingerprint": mark}
-    for part in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):  # of a process that was killed
-        shutil.rmtree(part, ignore_errors=True)
-    ocp.save(str(folder.absolute()), params, overwrite=True, custom_metadata=meta)
+    hosts.lead(lambda: _clear(folder))
+    ocp.save(str(absolute_path(folder)), params, overwrite=True, custom_metadata=meta)
     return mark
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a process left that was killed while it wrote."""
+    for part in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+        remove(part)
 
 
 def params_meta(folder: Path) -> dict[str, Any]:
     """The JSON description of finished parameters. Raises UserError where there are none."""
     try:
-        return dict(ocp.metadata(str(folder.absolute())).custom_metadata or {})
+        return dict(ocp.metadata(str(absolute_path(folder))).custom_metadata or {})
     except Exception as error:
         raise UserError(f"{folder}: no parameters there ({type(error).__name__})") from error
 
@@ -241,7 +251,7 @@ def load_params(folder: Path, target: Any) -> Any:
 
     Raises UserError where they are of another architecture or damaged.
     """
-    where, meta = str(folder.absolute()), params_meta(folder)
+    where, meta = str(absolute_path(folder)), params_meta(folder)
     try:
         if meta.get("layout") != _layout(target):
             check_same(ocp.metadata(where).metadata, target, str(folder))

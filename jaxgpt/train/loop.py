@@ -21,10 +21,12 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 
+from jaxgpt import hosts
 from jaxgpt.config.schema import StageConfig
 from jaxgpt.errors import UserError
 from jaxgpt.health import Limits
 from jaxgpt.models.net import Params, count, joined
+from jaxgpt.places import write_whole
 from jaxgpt.train.checkpoint import Checkpoints, save_params
 from jaxgpt.train.metrics import Clock, ConsoleLine, JsonLines, Warnings, Writer
 from jaxgpt.train.state import State, initial_state
@@ -92,7 +94,7 @@ class Preempted(Exception):
 
 @dataclasses.dataclass
 class _Stop:
-    """Whether SIGTERM or SIGINT has come; a second one ends the process at once."""
+    """Whether SIGTERM or SIGINT has come, to any host; a second one ends a process that is alone at once."""
 
     asked: bool = False
 
@@ -114,7 +116,9 @@ def train(stage: Stage, folder: Path, config: StageConfig, meta: Mapping[str, An
         folder / "checkpoints", config.checkpoint.keep, lambda text: console.print(text, highlight=False)
     )
     stop = _Stop()
-    handlers = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    # Several hosts agree on a step, and jax listens for the signal.
+    listens = (signal.SIGTERM, signal.SIGINT) if hosts.count() == 1 else ()
+    handlers = {number: signal.signal(number, stop) for number in listens}
     session = None
     for note in stage.notes:
         console.print(f"  {note}", highlight=False)
@@ -174,10 +178,10 @@ class _Session:
         self.saved = start
         self.skipped = 0
         self.late: list[tuple[int, dict[str, jax.Array]]] = []
-        first = jax.process_index() == 0
+        first = hosts.first()
         self.samples = JsonLines(folder / "samples.jsonl", after=start) if first else None
         self.writers = [JsonLines(folder / "metrics.jsonl", after=start)] if first else []
-        self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)]
+        self.writers += [ConsoleLine(console, stage.name, stage.steps, start, config.log_every)] if first else []
         self.writers += [Warnings(folder, start, stage.limits, console)] if first else []
 
     def run(self, state: State) -> State:
@@ -195,6 +199,7 @@ class _Session:
             self.late.append((n + 1, {**metrics, **drawn.metrics}))
             for sample in drawn.samples if self.samples is not None else ():
                 self.samples.write({"step": n + 1, **sample})
+            self.stop.asked = hosts.preempted() or self.stop.asked
             last, stopping = n + 1 == stage.steps, self.stop.asked
             measures = stage.evaluate is not None and (last or (n + 1) % self.config.eval_every == 0)
             stands = last or stage.boundary(n + 1)
@@ -286,13 +291,13 @@ def _finish(stage: Stage, folder: Path, state: State, session: _Session, meta: M
         "environment": {
             "python": platform.python_version(),
             "jax": jax.__version__,
+            "hosts": hosts.count(),
             "devices": jax.device_count(),
             "platform": jax.devices()[0].device_kind,
             "cpus": os.cpu_count(),
         },
     }
-    if jax.process_index() == 0:
-        part = folder / "done.json.part"
-        part.write_text(json.dumps(done, indent=1) + "\n", encoding="utf-8")
-        part.replace(folder / "done.json")
+    if hosts.first():
+        write_whole(folder / "done.json", json.dumps(done, indent=1) + "\n")
+    hosts.barrier(f"the end of {stage.name}")
     return done

@@ -5,12 +5,13 @@ Reads the clock.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -19,6 +20,7 @@ from rich.table import Column
 from rich.text import Text
 
 from jaxgpt.health import Health, Limits
+from jaxgpt.places import in_bucket, write_whole
 
 Values = Mapping[str, Any]
 
@@ -37,22 +39,33 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """Appends to metrics.jsonl and its like. Lines of steps after `after` are of a run that was cut off, and go."""
+    """Appends to metrics.jsonl and its like. Lines of steps after `after` are of a run that was cut off, and go.
+
+    A bucket has no appending: there the file is written whole at each flush.
+    """
 
     def __init__(self, path: Path, after: int):
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         _keep_upto(path, after)
-        self._file = path.open("a", encoding="utf-8")
+        self._file: IO[str]
+        if in_bucket(path):
+            self._file = io.StringIO()
+            self._file.write(path.read_text(encoding="utf-8") if path.exists() else "")
+        else:
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, line: Values) -> None:
         """Writes one line."""
         self._file.write(json.dumps(line) + "\n")
 
     def flush(self) -> None:
-        """Writes through to the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Writes through to the disk, or the bucket."""
+        if isinstance(self._file, io.StringIO):
+            self.path.write_text(self._file.getvalue(), encoding="utf-8")
+        else:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Closes the file."""
@@ -71,9 +84,7 @@ def _keep_upto(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError, TypeError):
             continue
-    part = path.with_suffix(".part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_whole(path, "".join(kept))
 
 
 class Warnings:

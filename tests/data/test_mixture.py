@@ -33,10 +33,12 @@ def equal(one, other):
 def test_hosts_read_their_parts_of_the_same_batch(hosts):
     draws = mixture(sources(), LLAMA, seed=3)
     whole = Batches(draws, 16)
-    parts = [Batches(draws, 16, (host, hosts)) for host in range(hosts)]
+    held = np.random.default_rng(0).permutation(16).reshape(hosts, -1)  # rows as some TPU's devices lie
+    held.sort(axis=1)
+    parts = [Batches(draws, 16, rows) for rows in held]
     for step in (0, 1, 17, 1000):
-        joined = {key: np.concatenate([part[step][key] for part in parts]) for key in whole[step]}
-        assert equal(joined, whole[step])
+        for part, rows in zip(parts, held, strict=True):
+            assert equal(part[step], {key: value[rows] for key, value in whole[step].items()})
 
 
 def test_iteration_may_start_anywhere():
@@ -126,7 +128,7 @@ def test_ordered_gives_each_row_once_and_fills_with_zeros():
         0,
     ]
     assert [batch["mask"].sum() for batch in found] == [32, 32, 24]
-    halves = [Batches(ordered(rows("web", 5)), 8, (host, 4)) for host in range(4)]
+    halves = [Batches(ordered(rows("web", 5)), 8, range(2 * host, 2 * host + 2)) for host in range(4)]
     assert [half[0]["mask"].sum() for half in halves] == [16, 16, 8, 0]
     assert len(list(batches.iterate())) == 3
 
@@ -140,7 +142,5 @@ def test_any_random_access_rows_serve():
 
 
 def test_mistakes_are_told():
-    with pytest.raises(UserError, match="batch 6 is not a multiple of the 4 hosts"):
-        Batches(single(rows("web", 5), 0), 6, (0, 4))
     with pytest.raises(UserError, match="source rows has no rows"):
         single([], 0)
