@@ -53,11 +53,11 @@ def problems(plan: Work, mesh: Mesh, target: Target) -> list[str]:
     if not on_torus(mesh, target):
         found.append(f"an axis that is no product of whole dimensions of {target.topology}")
     for model in plan.models.values():
-        c = model.config
+        c, heads = model.config, model.config.attention.heads
         wanted = (
             ("model.width", c.width, "mesh.fsdp x mesh.context", mesh.width),
-            ("model.attention.heads", c.attention.heads, "mesh.tensor", mesh.tensor),
-            ("model.attention.kv_heads", c.kv_heads, "mesh.tensor", 1 if c.kv_heads == 1 else mesh.tensor),
+            ("model.attention.heads", heads, "mesh.tensor", mesh.tensor),
+            ("model.attention.kv_heads", c.kv_heads, "mesh.tensor", 1 if c.kv_heads in (1, heads) else mesh.tensor),
             ("model.mlp.width", c.hidden, "mesh.tensor", mesh.tensor),
             ("model.vocab", model.vocab, "mesh.tensor", mesh.tensor),
         )

@@ -38,6 +38,7 @@ def test_dimensions_that_do_not_divide_are_those_of_the_mesh(shape):
         theirs = []
     except UserError as error:
         theirs = str(error).splitlines()
+    theirs = [line for line in theirs if "kv_heads" not in line]  # as many as there are heads
     assert [line.split(" ")[0] for line in ours] == [line.split(" ")[0] for line in theirs]
 
 
