@@ -87,7 +87,14 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     used = list(devices)[: math.prod(shape)]
     slices = len({getattr(device, "slice_index", 0) for device in used})
     if slices == 1:
-        return jax.make_mesh(shape, AXES, devices=used)
+        try:
+            return jax.make_mesh(shape, AXES, devices=used)
+        except NotImplementedError as error:
+            laid = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+            raise UserError(
+                f"{laid}: cannot be laid on the torus of these {len(used)} TPU chips, where each axis takes whole "
+                "dimensions; jaxgpt plan lists the meshes that can"
+            ) from error
     if shape[0] % slices:
         raise UserError(
             f"mesh.data={shape[0]}: the devices are {slices} slices, and data alone goes from one to another; use a "

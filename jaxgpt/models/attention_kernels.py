@@ -17,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ma
 from jax.sharding import NamedSharding
 
 from jaxgpt.mesh import TIME, platform
+from jaxgpt.models.kernels import ATTENDED
 from jaxgpt.models.sequence import Cut
 
 LANES = 128
@@ -75,6 +76,7 @@ class Splash:
             head_shards=s.head_ways,
             q_seq_shards=s.ways,
             attn_logits_soft_cap=s.softcap,
+            residual_checkpoint_name=ATTENDED,
             interpret=self.interpret,
         )
 

@@ -46,11 +46,12 @@ def joined_width(w: jax.Array, spec: Sequence[Axes], along: Axes) -> jax.Array:
     spec: the mesh axes of each of its dimensions; along: those that the products differ along, over which the
     gradient is summed: scattered to the shards where there are any.
     """
+    seen = {axis for axes in spec for axis in axes}
+    w = vary(w, [axis for axis in along if axis not in seen])  # before it is joined: then sums are of scattered parts
     for dimension, axes in enumerate(spec):
         if shards := tuple(axis for axis in axes if axis != "tensor"):
             w = jax.lax.all_gather(w, shards, axis=dimension, tiled=True)
-    seen = {axis for axes in spec for axis in axes}
-    return vary(w, [axis for axis in along if axis not in seen])
+    return w
 
 
 def specs(w: jax.Array) -> tuple[Axes, ...]:
