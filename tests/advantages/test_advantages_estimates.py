@@ -45,12 +45,13 @@ def test_true_values_of_a_deterministic_episode_give_zero_advantage():
     np.testing.assert_allclose(returns, [[6.0, 5.0, 3.0]], rtol=1e-6)
 
 
-def test_nothing_follows_the_last_token_of_a_truncated_episode():
-    """Two tokens of reward 1, valued 5 and 3, and the value 9 of the place where it was cut: V after them is 0."""
-    one, mask = jnp.ones((1, 3)), jnp.array([[1.0, 1.0, 0.0]])
-    advantages, returns = gae(one, jnp.array([[5.0, 3.0, 9.0]]), mask, 1.0, 0.5)
-    assert advantages.tolist() == [[-1.0 + 0.5 * -2.0, -2.0, 0.0]]
-    assert returns.tolist() == [[3.0, 1.0, 0.0]]
+@pytest.mark.parametrize("room", [0, 1])
+def test_nothing_follows_the_last_token_of_a_truncated_episode(room):
+    """Two tokens of reward 1, valued 5 and 3: V after them is 0, where the row ends, and where it goes on with a 9."""
+    one, mask, values = jnp.ones((1, 3)), jnp.array([[1.0, 1.0, 0.0]]), jnp.array([[5.0, 3.0, 9.0]])
+    advantages, returns = gae(*(x[:, : 2 + room] for x in (one, values, mask)), 1.0, 0.5)
+    assert advantages.tolist() == [[-1.0 + 0.5 * -2.0, -2.0, 0.0][: 2 + room]]
+    assert returns.tolist() == [[3.0, 1.0, 0.0][: 2 + room]]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e30, 7.0])
