@@ -106,7 +106,14 @@ DETAILS = (
         "Rows are filled longest first, each example into the fullest row with room.",
         (f"{TALKS}::test_best_fit_takes_the_fullest_row_with_room",),
     ),
-    Detail(12, "Padding on the left changes no result.", (f"{MODEL}::test_left_padded_equals_unpadded",)),
+    Detail(
+        12,
+        "Padding on the left changes no result.",
+        (
+            f"{MODEL}::test_left_padded_equals_unpadded",
+            f"{SAMPLING}::test_ragged_cached_decoding_is_the_full_forward_pass_at_any_temperature",
+        ),
+    ),
     Detail(
         13,
         "Decoding with a cache is the full forward pass, for rows of unequal length too.",

@@ -32,8 +32,8 @@ def test_gae_with_lambda_one_is_future_reward_less_value_and_with_zero_is_delta(
     rewards, values, mask = draw(0, B, T), draw(1, B, T), np.ones((B, T), np.float32)
     ahead = np.cumsum(rewards[:, ::-1].astype(np.float64), axis=1)[:, ::-1]
     advantages, returns = gae(rewards, values, mask, 1.0, 1.0)
-    np.testing.assert_allclose(advantages, ahead - values, rtol=1e-6, atol=3e-6)
-    np.testing.assert_allclose(returns, ahead, rtol=1e-6, atol=3e-6)
+    np.testing.assert_allclose(advantages, ahead - values, **CLOSE)
+    np.testing.assert_allclose(returns, ahead, **CLOSE)
     after = np.concatenate([values[:, 1:], np.zeros((B, 1))], axis=1)
     np.testing.assert_allclose(gae(rewards, values, mask, 0.9, 0.0)[0], rewards + 0.9 * after - values, **CLOSE)
 
@@ -107,7 +107,7 @@ def test_the_variance_is_the_biased_one_by_default():
 def test_whitened_rewards_keep_their_mean():
     rewards, mask = draw(0, B, T) - np.float32(0.4), draw_mask(1)
     before, after = (np.asarray(x)[mask > 0].mean() for x in (rewards, whiten(rewards, mask, shift_mean=False)))
-    np.testing.assert_allclose(after, before, rtol=1e-5)
+    np.testing.assert_allclose(after, before, rtol=1e-6)
     assert abs(before) > 0.1
 
 

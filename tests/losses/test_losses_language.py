@@ -21,7 +21,7 @@ def test_token_logp_is_log_softmax_of_logits_over_temperature(temperature):
     got = jax.jit(token_logp)(logits, tokens, temperature)
     want = np.take_along_axis(log_softmax(logits.astype(np.float64) / temperature), tokens[..., None], -1)[..., 0]
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=3e-6)
+    np.testing.assert_allclose(got, want, **CLOSE)
 
 
 def test_numpys_own_number_types_do_as_well():
@@ -51,7 +51,7 @@ def test_token_entropy(temperature):
     logits[..., 3] = -np.inf
     logp = log_softmax(logits.astype(np.float64) / temperature)
     want = -np.sum(np.exp(logp) * np.where(np.isfinite(logp), logp, 0.0), axis=-1)
-    np.testing.assert_allclose(token_entropy(jnp.asarray(logits), temperature), want, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(token_entropy(jnp.asarray(logits), temperature), want, **CLOSE)
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(token_entropy(x)))(jnp.asarray(logits))))
 
 
