@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple, get_args, get_type_hints
 
 from jaxgpt import advantages, losses
 from jaxgpt.config import schema
@@ -551,6 +551,11 @@ def test_settings_name_the_forks_as_the_functions_do():
         (schema.PpoConfig.model_fields["score_at"].annotation, advantages.Place),
         (schema.DpoConfig.model_fields["loss"].annotation, losses.DpoKind),
         (schema.PpoConfig.model_fields["aggregation"].annotation, losses.Aggregation),
+        (schema.RewardConfig.model_fields["ties"].annotation, losses.Ties),
+        (schema.RewardConfig.model_fields["weighting"].annotation, losses.Weighting),
+        (schema.PpoConfig.model_fields["whiten_variance"].annotation, get_type_hints(advantages.whiten)["variance"]),
+        (schema.KlConfig.model_fields["measure"].annotation, get_type_hints(advantages.episode_kl)["how"]),
+        (schema.GrpoConfig.model_fields["std"].annotation, get_type_hints(advantages.group_relative)["std"]),
     }
     assert [(setting, fork) for setting, fork in pairs if get_args(setting) != get_args(fork)] == []
 
