@@ -23,6 +23,13 @@ def gae(
     V and A after the last real token are 0, for truncated episodes too (lm-human-preferences). A masked position in
     the middle is passed over as if it were not there. No gradient flows into any input.
 
+    Args:
+        rewards_BT: R of each token, as `token_rewards` gives them.
+        values_BT: V before each token, read at the position of the token before it.
+        mask_BT: 1 on the tokens of the response; see `value_mask`.
+        gamma: discount per token.
+        lam: lambda, 1 for the whole future and 0 for one step of it.
+
     Returns:
         advantages_BT and returns_BT, float32, the returns from the advantages before any whitening.
     """

@@ -2,8 +2,9 @@
 
 Dimension key: B batch, T time, V vocabulary, K responses of one prompt (twice for pairs: winner, loser); B stands for
 any leading dimensions. Everything is float32 inside. Position t of a token array stands for one predicted token: its
-log-probability, advantage and mask. Losses are to be minimised, in nats where they are of likelihoods. NumPy arrays do
-as well. Where published recipes differ, the choice has a name; the default is lm-human-preferences' or InstructGPT's.
+log-probability, advantage and mask, which is bool or 0/1. Losses are to be minimised, in nats where they are of
+likelihoods: `loss, metrics = ranking(...)`, and `loss.mean` is the number. NumPy arrays of any number type do as well.
+Where published recipes differ, the choice has a name; the default is lm-human-preferences' or InstructGPT's.
 """
 
 from jaxgpt.losses.language import next_token, sequence_logp

@@ -28,7 +28,7 @@ def ppo_policy(
     Args:
         logp_BT: of the policy, nats.
         old_logp_BT: of the policy that sampled the tokens, nats.
-        advantages_BT: of each token.
+        advantages_BT: of each token; GRPO's of a response are repeated over its tokens.
         mask_BT: 1 on the tokens that count.
         clip: range of the ratio below 1, and above it where `clip_high` is unset.
         clip_high: range above 1 (DAPO's clip-higher, arXiv 2503.14476, eq. 10).
@@ -76,11 +76,20 @@ def ppo_value(
 ) -> tuple[Ratio, Metrics]:
     """Clipped value loss (lm-human-preferences): max((V - G)^2, (clip(V, V_old +- clip) - G)^2) / 2.
 
-    `values_BT[:, t]` is V before token t (read at the position of token t - 1). No gradient flows into
-    `old_values_BT` and `returns_BT`; masked positions may hold anything. A `clip` of None leaves (V - G)^2 / 2.
+    No gradient flows into `old_values_BT` and `returns_BT`; masked positions may hold anything.
 
-    Metrics, with TRL's names: "loss/value_avg"; "val/clipfrac_avg", the share of tokens whose clipped term is the
-    larger one.
+    Args:
+        values_BT: V before each token (read at the position of the token before it).
+        old_values_BT: the same from the critic that the rollout had.
+        returns_BT: G, the second of what `gae` gives.
+        mask_BT: 1 on the tokens that count.
+        clip: how far V may go from the old value; None leaves (V - G)^2 / 2.
+        aggregation: how the tokens' losses become one; see `aggregate`.
+        norm: of aggregation "fixed-norm", tokens.
+
+    Returns:
+        The loss, the half in it and no coefficient; metrics with TRL's names: "loss/value_avg"; "val/clipfrac_avg", the
+        share of tokens whose clipped term is the larger one.
     """
     values_BT = unmasked(values_BT, mask_BT)
     old_values_BT = unmasked(jax.lax.stop_gradient(old_values_BT), mask_BT)

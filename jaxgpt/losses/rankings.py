@@ -74,15 +74,16 @@ def ranking(
 
     Args:
         scores_BK: reward of each response.
-        ranks_BK: integers, smaller is better.
-        valid_BK: false where there is no response.
+        ranks_BK: integers, smaller is better, equal ranks are ties.
+        valid_BK: bool or 0/1, false where there is no response.
         margin_B: by how much the winners of each prompt's pairs have to win (Llama 2, arXiv 2307.09288, eq. 2).
         label_smoothing: e, the chance that a label is wrong, 0 to 0.5.
         ties: "drop" or "half".
         weighting: "prompt", the mean over prompts of each one's mean over its pairs; "pair", the mean over all pairs.
 
     Returns:
-        The loss; metrics as at the head of this file. A prompt without a pair weighs 0.
+        The loss; metrics "loss", "accuracy" and "margin", as at the head of this file. A prompt without a pair weighs
+        0. Raises ValueError for other `ties` or `weighting`.
     """
     if ties not in ("drop", "half"):
         raise ValueError(f"ranking: ties is {ties!r}; it must be 'drop' or 'half'")
@@ -115,8 +116,8 @@ def ranking(
 def best_of_k(scores_BK: jax.Array, ranks_BK: jax.Array, valid_BK: jax.Array) -> tuple[Ratio, Metrics]:
     """Cross-entropy of the best response under softmax(scores) (lm-human-preferences; arXiv 1909.08593, eq. 1).
 
-    The mean over prompts, nats. Responses that share the best rank share the target equally; the order of the others
-    does not count. For K = 2 it is `ranking`.
+    The mean over prompts, nats; arguments and metrics as of `ranking`. Responses that share the best rank share the
+    target equally; the order of the others does not count. For K = 2 it is `ranking`.
     """
     scores_BK, ranks_BK, valid_BK = _clean(scores_BK, ranks_BK, valid_BK)
     better_BKK = _better(ranks_BK, valid_BK)
@@ -130,9 +131,10 @@ def best_of_k(scores_BK: jax.Array, ranks_BK: jax.Array, valid_BK: jax.Array) ->
 def plackett_luce(scores_BK: jax.Array, ranks_BK: jax.Array, valid_BK: jax.Array) -> tuple[Ratio, Metrics]:
     """Negative log-likelihood of the whole order, drawn best first from softmax(scores) (Plackett-Luce); nats a prompt.
 
-    Each response that beats another adds log sum_j exp(score_j) - score over all j no better than it. Tied ones each do
-    so over the same set, themselves included (Breslow's rule for ties); those that share the last place add nothing, as
-    they beat nobody. For K = 2 it is `ranking`, and where one response beats all others, which are tied, `best_of_k`.
+    The mean over prompts, each a sum over its ranks; arguments and metrics as of `ranking`. Each response that beats
+    another adds log sum_j exp(score_j) - score over all j no better than it. Tied ones each do so over the same set,
+    themselves included (Breslow's rule for ties); those that share the last place add nothing, as they beat nobody.
+    For K = 2 it is `ranking`, and where one response beats all others, which are tied, `best_of_k`.
     """
     scores_BK, ranks_BK, valid_BK = _clean(scores_BK, ranks_BK, valid_BK)
     better_BKK = _better(ranks_BK, valid_BK)

@@ -25,7 +25,7 @@ def _centred(
 
     axis: the mesh axis that splits the vocabulary, inside a shard_map.
     """
-    logits_BTV = logits_BTV.astype(jnp.float32) / temperature
+    logits_BTV = jnp.asarray(logits_BTV).astype(jnp.float32) / temperature
     largest_BT = jax.lax.stop_gradient(jnp.max(logits_BTV, axis=-1))
     largest_BT = largest_BT if axis is None else jax.lax.pmax(largest_BT, axis)
     logits_BTV = logits_BTV - largest_BT[..., None]
@@ -49,7 +49,7 @@ def token_logp(
     the gather is a comparison and a sum; inside a shard_map `axis` names the mesh axis that does. A token outside it
     gives a finite number that means nothing: mask it.
     """
-    logits_BTV, norm_BT = _centred(logits_BTV, temperature, axis)
+    (logits_BTV, norm_BT), tokens_BT = _centred(logits_BTV, temperature, axis), jnp.asarray(tokens_BT)
     size = logits_BTV.shape[-1]
     vocabulary_V = jnp.arange(size, dtype=tokens_BT.dtype)
     if axis is not None:

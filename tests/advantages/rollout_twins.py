@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 B, T = 8, 9
-CLOSE = {"rtol": 1e-6, "atol": 2e-6}
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def draw(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:

@@ -126,8 +126,9 @@ def test_a_bad_sharegpt_record_is_named(tokenizer: Tokenizer, tmp_path: Path, re
 
 def test_too_long_conversations_lose_their_end(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", talk("Hello!", "The fox is red. " * 20), talk("Hello!", "Hi."))
-    long, short = load_conversations(path, tokenizer, 32)
-    assert (len(long.ids), long.cut, short.cut) == (33, True, False)
+    (long, short), (whole, _) = (load_conversations(path, tokenizer, context) for context in (32, 512))
+    assert (len(long.ids), long.cut, short.cut, whole.cut) == (33, True, False, False)
+    assert (long.ids.tolist(), long.mask.tolist()) == (whole.ids[:33].tolist(), whole.mask[:33].tolist())
     packed = PackedConversations([long, short], 32)
     assert packed.cut == 1
     assert packed[0]["segments"].tolist() == [1] * 32

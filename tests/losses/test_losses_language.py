@@ -1,3 +1,5 @@
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,19 @@ def test_token_logp_is_log_softmax_of_logits_over_temperature(temperature):
     got = jax.jit(token_logp)(logits, tokens, temperature)
     want = np.take_along_axis(log_softmax(logits.astype(np.float64) / temperature), tokens[..., None], -1)[..., 0]
     assert got.dtype == jnp.float32
-    np.testing.assert_allclose(got, want, rtol=1e-6, atol=3e-6)
+    np.testing.assert_allclose(got, want, **CLOSE)
+
+
+def test_numpys_own_number_types_do_as_well():
+    logits, tokens, mask = draw(0, B, T, V), np.random.default_rng(1).integers(0, V, (B, T)), draw_mask(2)
+    assert (logits.astype(np.float64).dtype, tokens.dtype) == (np.float64, np.int64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logp = token_logp(logits.astype(np.float64), tokens, np.float64(0.7))
+        loss, _ = next_token(np.asarray(logp, np.float64), mask.astype(bool))
+    want = token_logp(jnp.asarray(logits), jnp.asarray(tokens.astype(np.int32)), 0.7)
+    np.testing.assert_allclose(logp, want, **CLOSE)
+    np.testing.assert_allclose(loss.mean, -np.asarray(want)[mask > 0].mean(), **CLOSE)
 
 
 def test_token_logp_survives_large_and_forbidden_logits_and_low_precision():
@@ -37,7 +51,7 @@ def test_token_entropy(temperature):
     logits[..., 3] = -np.inf
     logp = log_softmax(logits.astype(np.float64) / temperature)
     want = -np.sum(np.exp(logp) * np.where(np.isfinite(logp), logp, 0.0), axis=-1)
-    np.testing.assert_allclose(token_entropy(jnp.asarray(logits), temperature), want, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(token_entropy(jnp.asarray(logits), temperature), want, **CLOSE)
     assert np.all(np.isfinite(jax.grad(lambda x: jnp.sum(token_entropy(x)))(jnp.asarray(logits))))
 
 

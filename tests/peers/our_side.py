@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -32,6 +32,8 @@ from jaxgpt.train.step import make_step
 
 STEPS, UPDATES = 20, 4
 CONTEXT = 96
+PROMPT, RESPONSE, GROUP = 32, 12, 4
+TEMPERATURE = 0.9
 LIKELY_END = 2.0
 """What the end token has more of it: some responses end, and some do not."""
 VOCAB = 64
@@ -89,6 +91,17 @@ def prompts(count: int) -> list[Record]:
     return [{"prompt": [turn("user", f"{said(rng, 1, 5)} {number}")]} for number in range(count)]
 
 
+class Learned(NamedTuple):
+    """The first steps of a stage."""
+
+    reports: list[dict[str, float]]
+    """The figures of every update."""
+    batch: dict[str, np.ndarray]
+    """What the first update learned from."""
+    figures: dict[str, float]
+    """Of what was drawn for it: of the rollout, where there is one."""
+
+
 @dataclasses.dataclass
 class Ours:
     """The run, and what it exported."""
@@ -134,19 +147,19 @@ class Ours:
         asked = {
             "data": {"path": "{run}/prompts.jsonl"},
             "iterations": 1,
-            "episodes": 16,
-            "batch": 16,
+            "episodes": 4 * GROUP,
+            "batch": 4 * GROUP,
             "epochs": UPDATES,
-            "prompt_length": 32,
-            "response_length": 12,
-            "temperature": 0.9,
+            "prompt_length": PROMPT,
+            "response_length": RESPONSE,
+            "temperature": TEMPERATURE,
             "optimizer": STEADY,
         }
         sections: dict[str, Any] = {
             "sft": {**rows, "data": {"path": "{run}/sft.jsonl"}, "init": "random"},
             "reward": {**rows, "data": {"path": "{run}/pairs.jsonl"}},
             "dpo": {**rows, "data": {"path": "{run}/pairs.jsonl"}, "init": "sft"},
-            "grpo": {**asked, "responses": 4, "missing_eos": {"how": "keep"}, "rewards": GRADED},
+            "grpo": {**asked, "responses": GROUP, "missing_eos": {"how": "keep"}, "rewards": GRADED},
             "ppo": {**PRESET, **asked, "gamma": DISCOUNT, "optimizer": PPO_OPTIMIZER},
         }
         for name, values in changes.items():
@@ -181,31 +194,36 @@ class Ours:
         assert {len(row) for row in members} == {2}
         return [self.data["sft"][number] for row in members for number in row]
 
-    def learned(self, stage: Stage, policy: str | None = None, steps: int = STEPS) -> tuple[list[Record], Any]:
-        """The figures of a stage's first steps, and what was drawn for the first one.
+    def learned(
+        self, name: str, settings: Record | None = None, policy: str | None = None, steps: int = STEPS
+    ) -> Learned:
+        """The first steps of a stage.
 
         With `policy`, that stage's parameters are in the place of the first policy: the reference is another model.
         """
-        state = jax.jit(lambda params: initial_state(params, stage.tx, _extras(stage)))(stage.init())
-        if policy is not None:
-            state = state.replace(params={**state.params, "policy": self.run().load_language(policy)})
-        step, frozen, first, reports = make_step(stage.loss, stage.tx, stage.schedule), stage.frozen(), None, []
-        for n in range(steps):
-            drawn = stage.source(n, state)
-            first = first or jax.device_get((drawn.batch, dict(drawn.metrics)))
-            state, report = step(state.replace(extras=drawn.extras), drawn.batch, frozen)
-            reports.append({name: float(value) for name, value in report.items()})
-        stage.close()
-        return reports, first
+        with jax.set_mesh(self.mesh):
+            stage = self.stage(name, **(settings or {}))
+            state = jax.jit(lambda params: initial_state(params, stage.tx, _extras(stage)))(stage.init())
+            if policy is not None:
+                state = state.replace(params={**state.params, "policy": self.run().load_language(policy)})
+            step, frozen, first, reports = make_step(stage.loss, stage.tx, stage.schedule), stage.frozen(), None, []
+            for n in range(steps):
+                drawn = stage.source(n, state)
+                first = first or jax.device_get((drawn.batch, dict(drawn.metrics)))
+                state, report = step(state.replace(extras=drawn.extras), drawn.batch, frozen)
+                reports.append({name: float(value) for name, value in report.items()})
+            stage.close()
+        assert first is not None
+        return Learned(reports, first[0], {name: float(value) for name, value in first[1].items()})
 
-    def episodes(self, batch: Record, prompt: int) -> tuple[list[list[int]], list[list[int]]]:
+    def episodes(self, batch: Record) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of prompts and responses, without padding."""
         asked = [
-            [int(token) for token, real in zip(tokens[:prompt], segments[:prompt], strict=True) if real]
+            [int(token) for token, real in zip(tokens[:PROMPT], segments[:PROMPT], strict=True) if real]
             for tokens, segments in zip(batch["tokens"], batch["segments"], strict=True)
         ]
         lengths = batch["mask"].sum(axis=1).astype(int)
-        answers = [row[prompt : prompt + n].tolist() for row, n in zip(batch["tokens"], lengths, strict=True)]
+        answers = [row[PROMPT : PROMPT + n].tolist() for row, n in zip(batch["tokens"], lengths, strict=True)]
         assert not any(self.tokenizer.pad in answer for answer in answers)
         return asked, answers
 
