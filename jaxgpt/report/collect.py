@@ -187,7 +187,7 @@ def _ordered(lines: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any],
 
 def _read_lines(path: Path) -> list[Mapping[str, Any]]:
     """The lines of metrics.jsonl and its like; a last line still being written (no line break yet) is left out."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode(errors="replace")
     complete, _, _ = text.rpartition("\n")
     lines = []
     for number, line in enumerate(complete.split("\n"), start=1):
