@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from jaxgpt import places
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.runs import ALIGNED, STAGES
 
@@ -156,7 +157,7 @@ def _read_alignment(folder: Path) -> tuple[Mapping[str, Any], ...]:
 def _read_stage(folder: Path) -> Stage | None:
     done = _read_object(folder / "done.json")
     if done is not None and "finished" not in done:
-        written = datetime.fromtimestamp((folder / "done.json").stat().st_mtime).astimezone()
+        written = datetime.fromtimestamp(places.written(folder / "done.json")).astimezone()
         done |= {"finished": written.isoformat(timespec="minutes")}
     metrics = folder / "metrics.jsonl"
     train: dict[int, Mapping[str, Any]] = {}
