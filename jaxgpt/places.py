@@ -58,6 +58,12 @@ def local(path: Path) -> Path:
     return kept
 
 
+def written(path: Path) -> float:
+    """When a file was written last, seconds since 1970."""
+    told = path.stat()
+    return told.mtime if in_bucket(path) else told.st_mtime  # type: ignore[attr-defined]
+
+
 def matching(pattern: Path) -> list[Path]:
     """The files that a pattern names, sorted."""
     if not in_bucket(pattern):

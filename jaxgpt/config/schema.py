@@ -75,7 +75,7 @@ class MeshConfig(Section):
 
 
 class HostsConfig(Section):
-    """How long the processes of a run on several hosts wait for each other. Changes nothing of what comes out."""
+    """How the processes of a run on several hosts wait for each other. Changes nothing of what comes out."""
 
     start_timeout: Count = 300
     """Seconds until all hosts are there."""
@@ -83,6 +83,8 @@ class HostsConfig(Section):
     """Seconds until all hosts come to where they meet, before and after each stage."""
     heartbeat_timeout: Count = 100
     """Seconds without a sign of life after which a host counts as dead and the others end."""
+    profile_port: Annotated[int, Field(ge=1024, le=65535), BeforeValidator(_whole)] | None = None
+    """Port on which the first host answers jax's profiler while it runs."""
 
 
 class NormConfig(Section):
@@ -1073,7 +1075,7 @@ class Config(Section):
     mesh: MeshConfig = MeshConfig()
     """Layout of the devices."""
     hosts: HostsConfig = HostsConfig()
-    """Time-outs between hosts."""
+    """Time-outs between hosts, and a look into them."""
     prepare: Prepare | None = None
     """Makes data files first."""
     data: DataConfig = DataConfig()

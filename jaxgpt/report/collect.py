@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from jaxgpt import places
 from jaxgpt.errors import UserError, nearest
 from jaxgpt.runs import ALIGNED, STAGES
 
@@ -156,7 +157,7 @@ def _read_alignment(folder: Path) -> tuple[Mapping[str, Any], ...]:
 def _read_stage(folder: Path) -> Stage | None:
     done = _read_object(folder / "done.json")
     if done is not None and "finished" not in done:
-        written = datetime.fromtimestamp((folder / "done.json").stat().st_mtime).astimezone()
+        written = datetime.fromtimestamp(places.written(folder / "done.json")).astimezone()
         done |= {"finished": written.isoformat(timespec="minutes")}
     metrics = folder / "metrics.jsonl"
     train: dict[int, Mapping[str, Any]] = {}
@@ -187,7 +188,7 @@ def _ordered(lines: Mapping[int, Mapping[str, Any]]) -> tuple[Mapping[str, Any],
 
 def _read_lines(path: Path) -> list[Mapping[str, Any]]:
     """The lines of metrics.jsonl and its like; a last line still being written (no line break yet) is left out."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = path.read_bytes().decode(errors="replace")
     complete, _, _ = text.rpartition("\n")
     lines = []
     for number, line in enumerate(complete.split("\n"), start=1):
