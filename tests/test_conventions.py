@@ -170,6 +170,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_truncation_keeps_the_first_stop_token_at_or_after_a_place_and_nothing_behind",
             f"{SHAPING}::test_what_follows_the_stop_changes_no_truncation",
+            f"{SAMPLING}::test_an_end_counts_from_a_place_on",
             f"{FORKS}::test_an_end_counts_from_a_token_on",
             f"{ROLLOUTS}::test_what_stands_behind_the_end_changes_nothing",
         ),
@@ -328,6 +329,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_garbage_after_the_end_changes_no_reward",
             f"{KL}::test_episode_kl_sums_or_averages_over_tokens_and_ignores_the_rest",
+            f"{ROLLOUTS}::test_a_response_is_what_was_sampled_up_to_its_end_and_with_it",
             f"{ROLLOUTS}::test_what_stands_behind_the_end_changes_nothing",
         ),
     ),
@@ -398,6 +400,7 @@ DETAILS = (
         (
             f"{GAE}::test_whiten_is_a_loop_over_the_masked_tokens",
             f"{GAE}::test_the_variance_is_the_biased_one_by_default",
+            f"{ROLLOUTS}::test_advantages_and_returns_are_those_of_a_loop_over_the_tokens",
             "advantages/test_advantages_sharded.py::test_sharded_equals_one_device",
         ),
     ),

@@ -59,17 +59,19 @@ class Sampler:
         self._respond = jax.jit(self._generate)
         self._score = jax.jit(self._logp)
 
-    def respond(self, prompts, temperature, end=-1, kept=None):
+    def respond(self, prompts, temperature, end=-1, kept=None, after=0):
         batch = left_padded(prompts, len(prompts), 12, PAD)
         with jax.set_mesh(self.mesh):
-            found = self._respond(self.params, put_batch(batch, self.mesh), jnp.float32(temperature), end, kept)
+            found = self._respond(self.params, put_batch(batch, self.mesh), jnp.float32(temperature), end, kept, after)
             return jax.device_get({name: getattr(found, name) for name in FIELDS})
 
-    def _generate(self, params, rows, temperature, end, kept):
-        lm, key = self.net.bind(params), jax.random.key(5)
+    def _generate(self, params, rows, temperature, end, kept, after):
+        lm, key, ends = self.net.bind(params), jax.random.key(5), (end,)
+        given = (lm, rows["tokens"], rows["segments"])
         with jax.numpy_dtype_promotion("strict"):
-            state = start(lm, rows["tokens"], rows["segments"], NEW, PAD)
-            return advance(lm, state, key, temperature, kept, (end,), PAD, NEW)
+            if kept is None:
+                return generate(*given, key, new=NEW, temperature=temperature, ends=ends, pad=PAD, after=after)
+            return advance(lm, start(*given, NEW, PAD), key, temperature, kept, ends, PAD, NEW, after=after)
 
     def score(self, sequences, temperature=1.0):
         batch = right_padded(sequences, len(sequences), 16)
@@ -146,6 +148,19 @@ def test_behind_the_end_token_there_is_only_padding(model):
         assert row.tolist() == [*wanted[:n], *[PAD] * (NEW - n)] and length == n and done == (end in wanted)
         assert (logp[:n] < 0).all() and (logp[n:] == 0).all()
     assert found["lengths_B"][0] <= 3
+
+
+def test_an_end_counts_from_a_place_on(model):
+    free = model.respond(PROMPTS, 1.0)["tokens_BN"]
+    end = int(free[0, 2])
+    for after in range(NEW + 1):
+        found = model.respond(PROMPTS, 1.0, end, after=after)
+        for row, length, done, wanted in zip(
+            *(found[name] for name in ("tokens_BN", "lengths_B", "done_B")), free, strict=True
+        ):
+            places = [place for place in range(after, NEW) if wanted[place] == end]
+            n = places[0] + 1 if places else NEW
+            assert row.tolist() == [*wanted[:n], *[PAD] * (NEW - n)] and length == n and done == bool(places)
 
 
 def test_decoding_stops_once_every_row_has_ended(model):
