@@ -136,6 +136,7 @@ DETAILS = (
         15,
         "The temperature divides the logits in sampler, policy and reference alike, so the first ratio is 1 at 0.7.",
         (
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
             "stages/test_first_update.py::test_no_ratio_of_the_first_minibatch_is_far_from_one",
             f"{ROLLOUTS}::test_kl_is_summed_over_the_response_at_the_sampling_temperature",
             f"{SAMPLING}::test_ragged_cached_decoding_is_the_full_forward_pass_at_any_temperature",
@@ -149,12 +150,18 @@ DETAILS = (
     Detail(
         17,
         "Filters hold for the first sampled token as for all others.",
-        (f"{SAMPLING}::test_the_narrowest_filters_give_the_argmax_from_the_first_token_on",),
+        (
+            f"{SAMPLING}::test_the_narrowest_filters_give_the_argmax_from_the_first_token_on",
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
+        ),
     ),
     Detail(
         18,
         "Draws follow the softmax: chi-square of 100,000 of them.",
-        (f"{SAMPLING}::test_draws_follow_the_softmax",),
+        (
+            f"{SAMPLING}::test_draws_follow_the_softmax",
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
+        ),
     ),
     Detail(
         19,

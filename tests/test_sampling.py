@@ -208,15 +208,43 @@ def test_draws_follow_the_softmax(vocab):
 
         return jnp.sum(jax.lax.map(part, jax.random.split(key, 100)), axis=0)
 
-    observed = np.asarray(counts(jax.random.key(0)), np.float64)
-    expected = np.asarray(jax.nn.softmax(logits_V), np.float64) * 1e5
-    assert observed.sum() == 1e5
+    check_counts(counts(jax.random.key(0)), jax.nn.softmax(logits_V), 100_000)
+
+
+def check_counts(observed, chances, draws):
+    """Chi-square of counts; entries of fewer than 10 expected draws count as one."""
+    observed, expected = np.asarray(observed, np.float64), np.asarray(chances, np.float64) * draws
+    assert observed.sum() == draws and not observed[expected == 0].any()
     rare = expected < 10
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     observed, expected = observed[expected > 0], expected[expected > 0]
     freedom = len(expected) - 1
     statistic = np.sum((observed - expected) ** 2 / expected)
     assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it(model):
+    many, prompt = 8192, PROMPTS[0]
+
+    @jax.jit
+    def one(params, rows, temperature, kept):
+        lm, key = model.net.bind(params), jax.random.key(6)
+        first = start(lm, rows["tokens"], rows["segments"], 1, PAD)
+        return advance(lm, first, key, temperature, kept, (), PAD, 1).tokens_BN[:, 0]
+
+    rows = left_padded([prompt] * many, many, len(prompt), PAD)
+    logits_V = model.score([prompt] * 4)[0][0, len(prompt) - 1].astype(np.float64)
+    for temperature, top_k, top_p in ((0.6, VOCAB, 1.0), (1.7, VOCAB, 1.0), (1.7, 50, 0.4)):
+        chances_V = np.exp(logits_V / temperature)
+        likeliest = np.argsort(-chances_V)
+        chances_V[likeliest[top_k:]] = 0.0
+        chances_V /= chances_V.sum()
+        before = np.cumsum(chances_V[likeliest]) - chances_V[likeliest]
+        chances_V[likeliest[before >= top_p]] = 0.0
+        kept = Filter(jnp.int32(top_k), jnp.float32(top_p))
+        with jax.set_mesh(ONE):
+            tokens = jax.device_get(one(model.params, put_batch(rows, ONE), jnp.float32(temperature), kept))
+        check_counts(np.bincount(tokens, minlength=VOCAB), chances_V / chances_V.sum(), many)
 
 
 @pytest.mark.parametrize("vocab", [5, 128, 300])
