@@ -19,6 +19,7 @@ from jaxgpt.sampling import (
     bucket,
     draw,
     filter_logits,
+    generate,
     left_padded,
     ragged,
     right_padded,
