@@ -136,6 +136,7 @@ DETAILS = (
         15,
         "The temperature divides the logits in sampler, policy and reference alike, so the first ratio is 1 at 0.7.",
         (
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
             "stages/test_first_update.py::test_no_ratio_of_the_first_minibatch_is_far_from_one",
             f"{ROLLOUTS}::test_kl_is_summed_over_the_response_at_the_sampling_temperature",
             f"{SAMPLING}::test_ragged_cached_decoding_is_the_full_forward_pass_at_any_temperature",
@@ -149,12 +150,18 @@ DETAILS = (
     Detail(
         17,
         "Filters hold for the first sampled token as for all others.",
-        (f"{SAMPLING}::test_the_narrowest_filters_give_the_argmax_from_the_first_token_on",),
+        (
+            f"{SAMPLING}::test_the_narrowest_filters_give_the_argmax_from_the_first_token_on",
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
+        ),
     ),
     Detail(
         18,
         "Draws follow the softmax: chi-square of 100,000 of them.",
-        (f"{SAMPLING}::test_draws_follow_the_softmax",),
+        (
+            f"{SAMPLING}::test_draws_follow_the_softmax",
+            f"{SAMPLING}::test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it",
+        ),
     ),
     Detail(
         19,
@@ -170,6 +177,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_truncation_keeps_the_first_stop_token_at_or_after_a_place_and_nothing_behind",
             f"{SHAPING}::test_what_follows_the_stop_changes_no_truncation",
+            f"{SAMPLING}::test_an_end_counts_from_a_place_on",
             f"{FORKS}::test_an_end_counts_from_a_token_on",
             f"{ROLLOUTS}::test_what_stands_behind_the_end_changes_nothing",
         ),
@@ -328,6 +336,7 @@ DETAILS = (
         (
             f"{SHAPING}::test_garbage_after_the_end_changes_no_reward",
             f"{KL}::test_episode_kl_sums_or_averages_over_tokens_and_ignores_the_rest",
+            f"{ROLLOUTS}::test_a_response_is_what_was_sampled_up_to_its_end_and_with_it",
             f"{ROLLOUTS}::test_what_stands_behind_the_end_changes_nothing",
         ),
     ),
@@ -398,6 +407,7 @@ DETAILS = (
         (
             f"{GAE}::test_whiten_is_a_loop_over_the_masked_tokens",
             f"{GAE}::test_the_variance_is_the_biased_one_by_default",
+            f"{ROLLOUTS}::test_advantages_and_returns_are_those_of_a_loop_over_the_tokens",
             "advantages/test_advantages_sharded.py::test_sharded_equals_one_device",
         ),
     ),

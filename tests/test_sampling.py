@@ -19,6 +19,7 @@ from jaxgpt.sampling import (
     bucket,
     draw,
     filter_logits,
+    generate,
     left_padded,
     ragged,
     right_padded,
@@ -59,17 +60,19 @@ class Sampler:
         self._respond = jax.jit(self._generate)
         self._score = jax.jit(self._logp)
 
-    def respond(self, prompts, temperature, end=-1, kept=None):
+    def respond(self, prompts, temperature, end=-1, kept=None, after=0):
         batch = left_padded(prompts, len(prompts), 12, PAD)
         with jax.set_mesh(self.mesh):
-            found = self._respond(self.params, put_batch(batch, self.mesh), jnp.float32(temperature), end, kept)
+            found = self._respond(self.params, put_batch(batch, self.mesh), jnp.float32(temperature), end, kept, after)
             return jax.device_get({name: getattr(found, name) for name in FIELDS})
 
-    def _generate(self, params, rows, temperature, end, kept):
-        lm, key = self.net.bind(params), jax.random.key(5)
+    def _generate(self, params, rows, temperature, end, kept, after):
+        lm, key, ends = self.net.bind(params), jax.random.key(5), (end,)
+        given = (lm, rows["tokens"], rows["segments"])
         with jax.numpy_dtype_promotion("strict"):
-            state = start(lm, rows["tokens"], rows["segments"], NEW, PAD)
-            return advance(lm, state, key, temperature, kept, (end,), PAD, NEW)
+            if kept is None:
+                return generate(*given, key, new=NEW, temperature=temperature, ends=ends, pad=PAD, after=after)
+            return advance(lm, start(*given, NEW, PAD), key, temperature, kept, ends, PAD, NEW, after=after)
 
     def score(self, sequences, temperature=1.0):
         batch = right_padded(sequences, len(sequences), 16)
@@ -148,6 +151,19 @@ def test_behind_the_end_token_there_is_only_padding(model):
     assert found["lengths_B"][0] <= 3
 
 
+def test_an_end_counts_from_a_place_on(model):
+    free = model.respond(PROMPTS, 1.0)["tokens_BN"]
+    end = int(free[0, 2])
+    for after in range(NEW + 1):
+        found = model.respond(PROMPTS, 1.0, end, after=after)
+        for row, length, done, wanted in zip(
+            *(found[name] for name in ("tokens_BN", "lengths_B", "done_B")), free, strict=True
+        ):
+            places = [place for place in range(after, NEW) if wanted[place] == end]
+            n = places[0] + 1 if places else NEW
+            assert row.tolist() == [*wanted[:n], *[PAD] * (NEW - n)] and length == n and done == bool(places)
+
+
 def test_decoding_stops_once_every_row_has_ended(model):
     same = [PROMPTS[2]] * 4
     free = model.respond(same, 0.0)["tokens_BN"]
@@ -193,15 +209,43 @@ def test_draws_follow_the_softmax(vocab):
 
         return jnp.sum(jax.lax.map(part, jax.random.split(key, 100)), axis=0)
 
-    observed = np.asarray(counts(jax.random.key(0)), np.float64)
-    expected = np.asarray(jax.nn.softmax(logits_V), np.float64) * 1e5
-    assert observed.sum() == 1e5
+    check_counts(counts(jax.random.key(0)), jax.nn.softmax(logits_V), 100_000)
+
+
+def check_counts(observed, chances, draws):
+    """Chi-square of counts; entries of fewer than 10 expected draws count as one."""
+    observed, expected = np.asarray(observed, np.float64), np.asarray(chances, np.float64) * draws
+    assert observed.sum() == draws and not observed[expected == 0].any()
     rare = expected < 10
     observed, expected = (np.append(x[~rare], x[rare].sum()) for x in (observed, expected))
     observed, expected = observed[expected > 0], expected[expected > 0]
     freedom = len(expected) - 1
     statistic = np.sum((observed - expected) ** 2 / expected)
     assert abs(statistic - freedom) < 4 * np.sqrt(2 * freedom), (statistic, freedom)
+
+
+def test_tokens_follow_the_softmax_at_the_temperature_and_filters_come_behind_it(model):
+    many, prompt = 8192, PROMPTS[0]
+
+    @jax.jit
+    def one(params, rows, temperature, kept):
+        lm, key = model.net.bind(params), jax.random.key(6)
+        first = start(lm, rows["tokens"], rows["segments"], 1, PAD)
+        return advance(lm, first, key, temperature, kept, (), PAD, 1).tokens_BN[:, 0]
+
+    rows = left_padded([prompt] * many, many, len(prompt), PAD)
+    logits_V = model.score([prompt] * 4)[0][0, len(prompt) - 1].astype(np.float64)
+    for temperature, top_k, top_p in ((0.6, VOCAB, 1.0), (1.7, VOCAB, 1.0), (1.7, 50, 0.4)):
+        chances_V = np.exp(logits_V / temperature)
+        likeliest = np.argsort(-chances_V)
+        chances_V[likeliest[top_k:]] = 0.0
+        chances_V /= chances_V.sum()
+        before = np.cumsum(chances_V[likeliest]) - chances_V[likeliest]
+        chances_V[likeliest[before >= top_p]] = 0.0
+        kept = Filter(jnp.int32(top_k), jnp.float32(top_p))
+        with jax.set_mesh(ONE):
+            tokens = jax.device_get(one(model.params, put_batch(rows, ONE), jnp.float32(temperature), kept))
+        check_counts(np.bincount(tokens, minlength=VOCAB), chances_V / chances_V.sum(), many)
 
 
 @pytest.mark.parametrize("vocab", [5, 128, 300])

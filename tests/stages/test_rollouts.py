@@ -280,18 +280,30 @@ def rolled(home, shape) -> tuple[dict, dict]:
         return batch, jax.device_get(first.metrics)
 
 
-def test_a_rollout_does_not_depend_on_the_mesh(home, mesh):
-    (one, figures), (other, others) = rolled(home, (1, 1, 1)), rolled(home, (2, 2, 2))
+@pytest.fixture(scope="module")
+def rollout(home, mesh) -> tuple[dict, dict]:
+    """Eight episodes and their figures, on one device."""
+    return rolled(home, (1, 1, 1))
+
+
+def test_a_rollout_does_not_depend_on_the_mesh(home, rollout):
+    (one, figures), (other, others) = rollout, rolled(home, (2, 2, 2))
     assert np.array_equal(one["tokens"], other["tokens"]) and np.array_equal(one["mask"], other["mask"])
     for name in ("logp", "values", "advantages", "returns"):
         np.testing.assert_allclose(one[name], other[name], atol=1e-4, err_msg=name)
     for name in figures:
         assert figures[name] == pytest.approx(others[name], abs=1e-4), name
-    lengths = one["mask"].sum(1)
-    assert lengths.min() >= 1 and len({row.tobytes() for row in one["tokens"]}) == 8
-    for row, length in zip(one["tokens"], lengths.astype(int), strict=True):
+
+
+def test_a_response_is_what_was_sampled_up_to_its_end_and_with_it(rollout):
+    batch, figures = rollout
+    lengths = batch["mask"].sum(1).astype(int)
+    assert lengths.min() >= 1 and len({row.tobytes() for row in batch["tokens"]}) == 8
+    assert figures["objective/length"] == lengths.mean() and 0 < figures["objective/eos_rate"] < 1
+    for row, mask, length in zip(batch["tokens"], batch["mask"], lengths, strict=True):
         response = row[14:]
         assert not np.any(response[: length - 1] == END) and (length == 6 or response[length - 1] == END)
+        assert mask.tolist() == [1] * length + [0] * (6 - length) and np.all(response[length:] == PAD)
 
 
 def test_the_coefficient_moves_where_it_is_adaptive_and_stays_where_it_is_not(home, mesh):
