@@ -129,7 +129,7 @@ def test_a_mesh_that_leaves_a_host_out_is_refused(tmp_path):
 
 
 @pytest.mark.multihost
-@pytest.mark.parametrize("mesh", ["mesh.tensor=2", "mesh.data=2"])
+@pytest.mark.parametrize("mesh", ["mesh.tensor=2", "mesh.data=2", "mesh.context=4"])
 def test_axes_may_go_across_hosts(mesh, alone, compiled, tmp_path):
     run(tmp_path, "pretrain", 2, mesh, devices=2, compiled=compiled)
     same(tmp_path, alone, "pretrain")
