@@ -138,7 +138,7 @@ def stage(run: Run, config: DpoConfig) -> Stage:
     if test is not None:
         fixed = Batches(ordered(test), config.batch, host_rows(run.mesh, config.batch))
         batches = held_out(fixed, config.eval_batches, run.mesh)
-        evaluate = mean_of(loss, [source.complete(batch) for batch in batches])
+        evaluate = mean_of(loss, [jax.block_until_ready(source.complete(batch)) for batch in batches])
     return Stage(
         name="dpo",
         init=model.first,

@@ -36,7 +36,8 @@ def mean_of(loss: Loss, batches: Sequence[Mapping[str, jax.Array]]) -> Callable[
     measure = jax.jit(lambda params, batch: loss(params, batch)[1])
 
     def evaluate(params: Params) -> dict[str, float]:
-        parts = [measure(params, batch) for batch in batches]
+        # one after the other: simulated devices that have two programs to meet in may wait for each other for ever
+        parts = [jax.block_until_ready(measure(params, batch)) for batch in batches]
         total = parts[0]
         for part in parts[1:]:
             total = {name: total[name] + part[name] for name in total}

@@ -150,8 +150,10 @@ class Rollouts:
         for number in range(self.rounds):
             parts, key = [], jax.random.fold_in(jax.random.fold_in(self.key, rollout), number)
             for chunk, prompts in enumerate(self._prompts(rollout * self.rounds + number)):
-                parts.append(self._respond(policy, put_batch(prompts, self.mesh), jax.random.fold_in(key, chunk)))
-            scores = [self.judge(part, self.mesh) for part in parts]
+                given = put_batch(prompts, self.mesh)
+                # one chunk after the other, as in `mean_of`
+                parts.append(jax.block_until_ready(self._respond(policy, given, jax.random.fold_in(key, chunk))))
+            scores = [jax.block_until_ready(self.judge(part, self.mesh)) for part in parts]
             rounds.append((self._join(tuple(parts)), self._join(tuple(scores))))
             if self.rounds == 1:
                 return rounds[0]
