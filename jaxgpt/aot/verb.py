@@ -42,7 +42,7 @@ def compile_stages(config: Config, found: Sequence[Estimate], target: Target) ->
                     failed = 1
                     continue
                 use = one.chosen.memory.programs.get(program.name)
-                show(console, compiled, None if use is None else use.total, target.chip.memory)
+                show(console, compiled, None if use is None else use.total, target.chip.hbm or 0.0)
                 failed |= bool(compiled.rematerialized)
     return failed
 

@@ -55,7 +55,7 @@ def compiled(name: str, stage: str, topology: str, slices: int, changes: tuple[s
         for program in programs(config, stage, mesh):
             found[program.name] = compile_program(program, mesh)
             use = planned.memory.programs[program.name]
-            show(console, found[program.name], use.total, target.chip.memory or 0.0)
+            show(console, found[program.name], use.total, target.chip.hbm or 0.0)
     update = found["update"]
     assert not any(one.rematerialized for one in found.values())
     assert any("splash" in kernel for kernel in update.kernels)

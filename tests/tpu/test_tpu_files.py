@@ -139,6 +139,7 @@ def compiled(generation: str, more: str = "") -> subprocess.CompletedProcess[str
         "JAX_PLATFORMS": "cpu",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # the tests themselves may have it too
         "LIBTPU_INIT_ARGS": f"{flags} {more}",
     }
     command = [python, "-c", COMPILE, TOPOLOGIES[generation]]
