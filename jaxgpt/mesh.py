@@ -35,7 +35,7 @@ LAYOUT: Mapping[str, Axes] = {
 """The mesh axes that split each dimension, of activations (the first three) and of parameters."""
 BATCH = LAYOUT["rows"]
 """The mesh axes that the batch dimension is split over."""
-TIME, STREAM = LAYOUT["time"], LAYOUT["stream"]
+TIME = LAYOUT["time"]
 
 
 def spec_axes(x: jax.Array, dimension: int) -> Axes:

@@ -16,7 +16,7 @@ from jaxgpt.data.prompts import PromptRows, load_prompts
 from jaxgpt.errors import UserError
 from jaxgpt.graders import check_records
 from jaxgpt.health import Limits
-from jaxgpt.mesh import check_batch
+from jaxgpt.mesh import check_batch, check_time
 from jaxgpt.models.transformer import compute_dtype
 from jaxgpt.optim import schedule
 from jaxgpt.stages.episodes import Actors
@@ -69,6 +69,9 @@ def on_policy(
     """A stage over rollouts; call under `jax.set_mesh`. PPO's has a critic, `reference` says whether there is one."""
     check_batch(run.mesh, config.batch // config.accumulate, f"{name}.batch / {name}.accumulate")
     check_batch(run.mesh, config.rollout_batch or config.episodes, f"{name}.rollout_batch")
+    check_time(
+        run.mesh, config.prompt_length + config.response_length, f"{name}.prompt_length + {name}.response_length"
+    )
     if text is not None:
         check_batch(run.mesh, text.batch // config.accumulate, f"{name}.ptx.batch / {name}.accumulate")
     prompts = prompt_rows(run, config, name)

@@ -11,7 +11,7 @@ from jaxgpt.data.mixture import Batches, describe, mixture, ordered
 from jaxgpt.data.tokens import Rows, Shard
 from jaxgpt.errors import UserError
 from jaxgpt.losses import Ratio, next_token
-from jaxgpt.mesh import check_batch, host_rows
+from jaxgpt.mesh import check_batch, check_time, host_rows
 from jaxgpt.models.heads import language_model
 from jaxgpt.models.net import Net, Params
 from jaxgpt.optim import adamw, schedule
@@ -65,6 +65,7 @@ def text_batches(run: Run, context: int, batch: int) -> Batches:
 def stage(run: Run, config: PretrainConfig) -> Stage:
     """Pretraining as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "pretrain.batch / pretrain.accumulate")
+    check_time(run.mesh, config.context, "pretrain.context")
     net = language_model(run.config.model, run.vocab)
     weights = {name: source.weight for name, source in run.config.data.named.items()}
     evaluate = None

@@ -8,7 +8,7 @@ import numpy as np
 from jaxgpt.config.schema import SftConfig
 from jaxgpt.data.conversations import PackedConversations, load_conversations
 from jaxgpt.data.mixture import Batches, ordered, single
-from jaxgpt.mesh import check_batch, host_rows, put_whole
+from jaxgpt.mesh import check_batch, check_time, host_rows, put_whole
 from jaxgpt.models.heads import language_model
 from jaxgpt.optim import adamw, schedule
 from jaxgpt.stages.pretrain import language_loss, lower_nll, mean_of
@@ -46,6 +46,7 @@ def load(run: Run, config: SftConfig) -> tuple[PackedConversations, PackedConver
 def stage(run: Run, config: SftConfig) -> Stage:
     """Supervised fine-tuning as a value; call under `jax.set_mesh`."""
     check_batch(run.mesh, config.batch // config.accumulate, "sft.batch / sft.accumulate")
+    check_time(run.mesh, config.context, "sft.context")
     c = run.config.model
     model = trained(
         lambda lora: language_model(c, run.vocab, config.dropout, lora),
